@@ -1,0 +1,40 @@
+"""Settings every process shares. Built once in `create_app` or `main`, never at import.
+
+`DATABASE_URL`, `REDIS_URL` and `STORAGE_URL` keep the names every host uses; the rest is prefixed `CAPTUNE_`."""
+
+import os
+from pathlib import Path
+
+from pydantic import AliasChoices, Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "captune"
+
+
+def _plain(name: str) -> AliasChoices:
+    return AliasChoices(name, name.lower())
+
+
+class CoreSettings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="CAPTUNE_", extra="ignore", populate_by_name=True)
+
+    database_url: SecretStr = Field(validation_alias=_plain("DATABASE_URL"))
+    redis_url: SecretStr = Field(validation_alias=_plain("REDIS_URL"))
+    storage_url: str = Field(validation_alias=_plain("STORAGE_URL"))
+
+    service_token: SecretStr | None = None  # what workers show the captioner; unset means no such caller is admitted
+    bootstrap_key: SecretStr | None = None  # made an admin key by the migration step, so that a fresh stack has one
+
+    max_upload_bytes: int = 20 * 2**30
+    max_json_bytes: int = 64 * 2**20  # chat completions carry images as data URIs
+
+    lease_seconds: float = 30.0  # a worker that does not renew for this long has lost its job
+    reconcile_seconds: float = 2.0
+    requeue_after_seconds: float = 5.0  # a queued row unknown to Redis for this long is enqueued again
+    max_failures: int = 3  # crashes and unexpected errors before a job fails for good
+
+    model_cache: Path = Field(default_factory=_user_cache)  # downloaded weights, and the starter once it is built
+    model_roots: list[Path] = []  # folders below which `model` may name a local directory
+    log_level: str = "INFO"

@@ -1,0 +1,34 @@
+"""`Idempotency-Key`: a repeated POST gets the resource that the first one made. The key is stored in the transaction
+that makes the resource, so both exist or neither does."""
+
+import hashlib
+from collections.abc import Callable
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from shared.db.models import IdempotencyKey
+from shared.errors import Conflict, InvalidInput
+
+
+def once(session: Session, owner: str, key: str | None, request: str, create: Callable[[], str]) -> str:
+    """The id that `create` returned for this (owner, key), now or before. `request` stands for what was asked: the
+    route and the body. The same key with another request is refused (422), a request still in flight too (409)."""
+    if key is None:
+        return create()
+    lock = int.from_bytes(hashlib.sha256(f"{owner}\0{key}".encode()).digest()[:8], signed=True)
+    if not session.scalar(select(func.pg_try_advisory_xact_lock(lock))):
+        raise Conflict("a request with this Idempotency-Key is in flight; wait for it", code="in_flight", retry_after=1)
+    digest = hashlib.sha256(request.encode()).hexdigest()
+    row = session.get(IdempotencyKey, (owner, key))
+    if row is None:
+        resource_id = create()
+        session.add(IdempotencyKey(owner=owner, key=key, request_hash=digest, resource_id=resource_id))
+        return resource_id
+    if row.request_hash != digest:
+        raise InvalidInput(
+            "this Idempotency-Key was used for another request; use a new key for a new request",
+            code="idempotency_key_reused",
+            param="Idempotency-Key",
+        )
+    return row.resource_id

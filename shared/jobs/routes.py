@@ -1,0 +1,144 @@
+"""Every kind of job has the same life, so the same routes: read, list, events (JSON or SSE), cancel, pause, resume."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import StreamingResponse
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from shared.auth import Principal, Reader, Writer
+from shared.core import Core
+from shared.db.models import FINAL, Job, JobEvent
+from shared.errors import NotFound
+from shared.jobs import ledger
+from shared.paging import page
+from shared.schemas import common
+from shared.web import After, CoreDep, Limit, accepted
+
+R = TypeVar("R", bound=common.JobResource)
+SSE_POLL_SECONDS = 0.3
+NOUNS = {"ingest": "data set", "caption": "caption job", "fine_tune": "fine-tuning job", "evaluate": "evaluation"}
+
+
+def get_job(session: Session, who: Principal, kind: str, job_id: str, *, lock: bool = False) -> Job:
+    """The owner's job, else 404: another owner's id says nothing about whether it exists."""
+    query = select(Job).where(Job.id == job_id, Job.kind == kind, who.sees(Job.owner))
+    job = session.scalar(query.with_for_update() if lock else query)
+    if job is None:
+        raise NotFound(f"there is no {NOUNS[kind]} '{job_id}' among yours; list them to see the ids", param="id")
+    return job
+
+
+def job_routes(kind: str, prefix: str, render: Callable[[Session, Job], R], model: type[R]) -> APIRouter:
+    """`render` makes the kind's resource from a ledger row."""
+    router = APIRouter(prefix=prefix)
+
+    @router.get("", response_model=common.Page[model], summary="List, newest first")  # type: ignore[valid-type]
+    def list_jobs(
+        core: CoreDep,
+        who: Reader,
+        after: After = None,
+        limit: Limit = 20,
+        dataset_id: Annotated[str | None, Query(max_length=100)] = None,
+        status: common.JobStatus | None = None,
+    ) -> Any:
+        query = select(Job).where(Job.kind == kind, who.sees(Job.owner))
+        if dataset_id is not None:
+            query = query.where(Job.dataset_id == dataset_id)
+        if status is not None:
+            query = query.where(Job.status == status)
+        with core.transaction() as session:
+            rows, more = page(session, query, Job.id, after, limit)
+            data = [render(session, row) for row in rows]
+        return common.Page(data=data, has_more=more, last_id=rows[-1].id if rows else None)
+
+    @router.get("/{id}", response_model=model, summary="One job")
+    def show(id: str, core: CoreDep, who: Reader) -> Any:
+        with core.transaction() as session:
+            return render(session, get_job(session, who, kind, id))
+
+    @router.get(
+        "/{id}/events",
+        response_model=common.Page[common.JobEvent],
+        summary="What happened, oldest first; as a stream with `Accept: text/event-stream`",
+    )
+    async def events(
+        id: str,
+        request: Request,
+        core: CoreDep,
+        who: Reader,
+        after: Annotated[int, Query(ge=0)] = 0,
+        limit: Limit = 100,
+        last_event_id: Annotated[str | None, Header()] = None,
+        accept: Annotated[str, Header()] = "",
+    ) -> Any:
+        await run_in_threadpool(_check, core, who, kind, id)
+        if "text/event-stream" in accept:
+            start = int(last_event_id) if last_event_id and last_event_id.isdigit() else after
+            stream = _sse(core, id, start, request, render)
+            return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        rows, _ = await run_in_threadpool(_events_after, core, id, after, limit + 1)
+        data = [common.JobEvent.model_validate(row) for row in rows[:limit]]
+        return common.Page(data=data, has_more=len(rows) > limit, last_id=str(data[-1].seq) if data else None)
+
+    def action(name: str, change: Callable[[Session, Job], None], summary: str) -> None:
+        @router.post(f"/{{id}}/{name}", response_model=model, status_code=202, name=f"{name}_{kind}", summary=summary)
+        def act(id: str, core: CoreDep, who: Writer, response: Response) -> Any:
+            with core.transaction() as session:
+                job = get_job(session, who, kind, id, lock=True)
+                change(session, job)
+                session.flush()
+                session.refresh(job)
+                accepted(response, f"{prefix}/{id}")
+                return render(session, job)
+
+    action("cancel", ledger.request_cancel, "End it: at once where it waits, at its next step where it runs")
+    action("pause", ledger.request_pause, "Stop after the current step, keeping what is done")
+    action("resume", ledger.resume, "Go on with a paused job")
+    return router
+
+
+def _check(core: Core, who: Principal, kind: str, job_id: str) -> None:
+    with core.transaction() as session:
+        get_job(session, who, kind, job_id)
+
+
+def _events_after(core: Core, job_id: str, seq: int, limit: int) -> tuple[list[JobEvent], Job]:
+    with core.transaction() as session:
+        job = session.get_one(Job, job_id)  # read before the events: a final job's last event is then never missed
+        query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.seq > seq)
+        return list(session.scalars(query.order_by(JobEvent.seq).limit(limit)).all()), job
+
+
+def _rendered(core: Core, job_id: str, render: Callable[[Session, Job], R]) -> R:
+    with core.transaction() as session:
+        return render(session, session.get_one(Job, job_id))
+
+
+async def _sse(
+    core: Core, job_id: str, seq: int, request: Request, render: Callable[[Session, Job], R]
+) -> AsyncIterator[str]:
+    """Events with their sequence number as id, `progress` messages between, the job itself (`done`) last."""
+    progress: Any = None
+    idle = 0.0
+    while not await request.is_disconnected():
+        rows, job = await run_in_threadpool(_events_after, core, job_id, seq, 100)
+        for row in rows:
+            seq = row.seq
+            yield f"id: {seq}\nevent: event\ndata: {common.JobEvent.model_validate(row).model_dump_json()}\n\n"
+        if job.progress != progress and job.progress is not None:
+            progress = job.progress
+            yield f"event: progress\ndata: {common.Progress.model_validate(progress).model_dump_json()}\n\n"
+        if job.status in FINAL and not rows:
+            done = await run_in_threadpool(_rendered, core, job_id, render)
+            yield f"event: done\ndata: {done.model_dump_json()}\n\n"
+            return
+        idle = 0.0 if rows else idle + SSE_POLL_SECONDS
+        if idle >= 15:
+            idle = 0.0
+            yield ": still here\n\n"  # keeps proxies from closing the stream
+        await asyncio.sleep(SSE_POLL_SECONDS)
