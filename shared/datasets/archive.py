@@ -1,0 +1,168 @@
+"""Uploaded archives, read in place: nothing is extracted, no name reaches the file system.
+
+An archive is walked twice in flat memory: once for its names, from which the layout is decided, once for the files.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from shared.datasets import tar_reader, zip_reader
+from shared.datasets.entries import WHY_REFUSED, Entry
+from shared.datasets.limits import MIB, BadArchive, Limits, Meter
+from shared.datasets.paths import is_litter, safe_path
+from shared.datasets.report import Report
+from shared.errors import InvalidInput
+
+_ACCEPTED: Final = "zip, tar, tar.gz, tar.bz2 or tar.xz"
+_COMPRESSIONS: Final = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"}
+_KNOWN_OTHERS: Final = {
+    b"Rar!": "a RAR archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"\x28\xb5\x2f\xfd": "zstd data",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One regular file. `size` in bytes is what the archive claims; `read()` counts for itself.
+
+    `read()` is good until the next member is asked for. It raises InvalidInput (codes `file_too_large`,
+    `corrupt_file`) where only this file is concerned, and its subclass BadArchive where no more can be read.
+    """
+
+    path: str
+    size: int
+    read: Callable[[], bytes]
+
+
+class Archive:
+    """`report` holds what was refused among the entries once `names()` has run; `kept` the files asked for by `keep`;
+    `directories` the folders that have an entry of their own, so that empty ones can be told."""
+
+    def __init__(self, path: Path, kind: str, limits: Limits, keep: Callable[[str], bool]) -> None:
+        self.path = path
+        self.kind = kind
+        self.report = Report()
+        self.kept: dict[str, bytes] = {}
+        self.directories: list[str] = []
+        self._limits = limits
+        self._keep = keep
+        self._names: list[str] | None = None
+        self._usable = bytearray()  # one byte per entry: is it a member?
+
+    def names(self) -> list[str]:
+        """Paths of all regular files that may be read, in archive order (normalised, each once). Raises BadArchive."""
+        if self._names is None:
+            self._names = self._scan()
+        return self._names
+
+    def members(self) -> Iterator[Member]:
+        """The same files, with their content. Raises BadArchive."""
+        self.names()
+        for usable, entry in zip(self._usable, self._entries(), strict=False):
+            if usable:
+                path = safe_path(entry.name)
+                yield Member(path, entry.size, partial(self._read, entry))
+
+    def _scan(self) -> list[str]:
+        names: list[str] = []
+        seen: set[str] = set()
+        for entry in self._entries():
+            path = self._usable_path(entry, seen)
+            self._usable.append(path is not None)
+            if path is not None:
+                seen.add(path)
+                names.append(path)
+                if self._keep(path):
+                    self._keep_content(path, entry)
+        return names
+
+    def _usable_path(self, entry: Entry, seen: set[str]) -> str | None:
+        """The normalised path; None, with a word in the report, for what is not a readable file of its own."""
+        if entry.kind == "directory" and not entry.name.strip("./"):
+            return None  # the archive's own root
+        try:
+            path = safe_path(entry.name)
+        except InvalidInput as refusal:
+            self.report.refuse(entry.name, refusal.code, refusal.message)
+            return None
+        if is_litter(path):
+            self.report.skipped += entry.kind != "directory"
+        elif entry.kind == "directory":
+            self.directories.append(path)
+        elif entry.kind != "file":
+            self.report.refuse(path, *WHY_REFUSED[entry.kind])
+        elif path in seen:
+            self.report.refuse(path, "duplicate_path", "The archive holds this path twice; the first one is used.")
+        else:
+            return path
+        return None
+
+    def _keep_content(self, path: str, entry: Entry) -> None:
+        used = sum(map(len, self.kept.values()))
+        data = entry.read(self._limits.max_member_bytes - used)
+        if used + len(data) > self._limits.max_member_bytes:
+            raise BadArchive(
+                f"{path}: metadata files may have {self._limits.max_member_bytes // MIB} MiB together. "
+                "Split the data set.",
+                code="metadata_too_large",
+            )
+        self.kept[path] = data
+
+    def _read(self, entry: Entry) -> bytes:
+        limit = self._limits.max_member_bytes
+        if entry.size <= limit:
+            data = entry.read(limit)
+            if len(data) <= limit:
+                return data
+        raise InvalidInput(f"The file has more than {limit // MIB} MiB. Scale the picture down.", code="file_too_large")
+
+    def _entries(self) -> Iterator[Entry]:
+        with self.path.open("rb") as file:
+            length = os.fstat(file.fileno()).st_size
+            meter = Meter(self._limits, length)
+            if self.kind == "zip":
+                yield from zip_reader.entries(file, length, meter)
+            else:
+                yield from tar_reader.entries(file, self.kind.removeprefix("tar").removeprefix("."), meter)
+
+
+def open_archive(path: Path, limits: Limits | None = None, keep: Callable[[str], bool] = lambda path: False) -> Archive:
+    """Recognises the archive by its content, whatever its name. Contents of files for which `keep(path)` is true are
+    held from the first pass on. Raises BadArchive (`empty_file`, `unsupported_archive`, `truncated_archive`)."""
+    with path.open("rb") as file:
+        kind = sniff(file)
+    return Archive(path, kind, limits or Limits(), keep)
+
+
+def sniff(file: BinaryIO) -> str:
+    """`zip`, `tar`, `tar.gz`, `tar.bz2` or `tar.xz`, from the beginning of a seekable file, which is rewound. Cheap:
+    it refuses an upload before a job is made of it. Raises BadArchive."""
+    file.seek(0)
+    try:
+        return _recognise(file)
+    finally:
+        file.seek(0)
+
+
+def _recognise(file: BinaryIO) -> str:
+    head = file.read(tar_reader.BLOCK)
+    if not head:
+        raise BadArchive("The upload is empty (0 bytes). Send the archive again.", code="empty_file")
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return "zip"
+    compression = next((name for magic, name in _COMPRESSIONS.items() if head.startswith(magic)), "")
+    block = tar_reader.first_block(file, compression) if compression else head
+    if tar_reader.valid_header(block):
+        return f"tar.{compression}" if compression else "tar"
+    if compression and len(block) < tar_reader.BLOCK:
+        raise BadArchive(
+            "The compressed data is damaged, cut off or holds no tar archive. Pack it again.", code="truncated_archive"
+        )
+    unknown = "compressed, but holds no tar or is damaged" if compression else "something else"
+    found = next((name for magic, name in _KNOWN_OTHERS.items() if head.startswith(magic)), unknown)
+    raise BadArchive(f"The upload is {found}. Send a {_ACCEPTED}.", code="unsupported_archive")
