@@ -1,0 +1,17 @@
+"""The trainer's API process: `uvicorn --factory services.trainer.app:create_app`. It never imports torch."""
+
+from fastapi import FastAPI
+
+from services.trainer import routes
+from shared.config import CoreSettings
+from shared.core import Core
+from shared.logging import configure
+from shared.web import create_api
+
+ROUTERS = (routes.router,)
+
+
+def create_app() -> FastAPI:
+    settings = CoreSettings()
+    configure(settings.log_level)
+    return create_api("Captune trainer", Core.from_settings(settings), ROUTERS)

@@ -1,0 +1,93 @@
+"""What a run is trained on. Shapes: N training images, V validation images, S the model's image size in pixels."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from services.trainer.methods.base import FineTune, Method
+from services.trainer.prototypes import TextTable
+from shared.clip import LoadedClip
+from shared.errors import InvalidInput
+
+
+def _no_images() -> Tensor:
+    return torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+
+
+def _no_labels() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """images (N, 3, S, S) uint8, already resized by the model's own rule; labels (N,) int64 into class_names, which are
+    display names; captions[i]: the captions of image i, without prefix, possibly none. Validation images need no
+    captions and may be absent: then the last epoch is kept instead of the best. A method that trains nothing needs no
+    images either, only class names (and captions, if it reads them)."""
+
+    images: Tensor
+    labels: Tensor
+    captions: list[list[str]]
+    class_names: list[str]
+    val_images: Tensor = field(default_factory=_no_images)
+    val_labels: Tensor = field(default_factory=_no_labels)
+
+    def check(self, clip: LoadedClip, method: Method) -> None:
+        """Raises InvalidInput on what would only fail later, or train on nonsense."""
+        n, classes = len(self.labels), len(self.class_names)
+        if classes < 2 or (method.trains and n < 2):
+            raise InvalidInput(
+                f"A classifier needs at least 2 classes, and training 2 images; the split has {classes} and {n}.",
+                code="too_little_data",
+            )
+        size = (3, clip.image_size, clip.image_size)
+        for name, images, labels in (("train", self.images, self.labels), ("val", self.val_images, self.val_labels)):
+            if len(images) != len(labels) or (len(images) and tuple(images.shape[1:]) != size):
+                raise InvalidInput(
+                    f"The {name} images have shape {tuple(images.shape)} for {len(labels)} labels; "
+                    f"`{clip.name}` takes {size}.",
+                    code="image_shape",
+                )
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+                raise InvalidInput(f"A {name} label lies outside the {classes} classes.", code="label_out_of_range")
+        if len(self.captions) != n:
+            raise InvalidInput(f"There are captions for {len(self.captions)} of {n} images.", code="caption_count")
+        if method.needs_captions and not any(self.captions):
+            raise InvalidInput(
+                f"Method `{method.name}` trains on captions, and none of the {n} training images has one. "
+                "Caption the data set first, or choose a method that needs none.",
+                code="captions_missing",
+                param="caption_job_id",
+            )
+
+
+class RunTexts:
+    """The texts of a run: what each image may be paired with and what each class's prototype is made of, as rows of one
+    table tokenised once."""
+
+    def __init__(self, clip: LoadedClip, method: Method, data: TrainData) -> None:
+        by_class: list[list[str]] = [[] for _ in data.class_names]
+        for label, captions in zip(data.labels.tolist(), data.captions, strict=True):
+            by_class[label].extend(captions)
+        of_class = [method.prototype_texts(name, own) for name, own in zip(data.class_names, by_class, strict=True)]
+        of_image = (
+            [
+                method.image_texts(data.class_names[label], captions)
+                for label, captions in zip(data.labels.tolist(), data.captions, strict=True)
+            ]
+            if isinstance(method, FineTune)
+            else []
+        )
+        self.all = [text for texts in of_class + of_image for text in texts]
+        self.table = TextTable(clip, self.all)
+        self.prototype_rows = [self.table.rows(texts) for texts in of_class]
+        self.counts = torch.tensor([len(texts) for texts in of_image])
+        self._rows = torch.zeros(len(of_image), max(map(len, of_image), default=0), dtype=torch.int64)
+        for i, texts in enumerate(of_image):
+            self._rows[i, : len(texts)] = self.table.rows(texts)
+
+    def draw(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        """One text per image, evenly among its own: image indices (B,) -> tokens (B, L)."""
+        pick = (torch.rand(len(images), generator=rng) * self.counts[images]).long()
+        return self.table.tokens[self._rows[images, pick]]
