@@ -1,0 +1,59 @@
+# Every target does its own set-up. `make demo` and `make test` are the two to know.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help install demo up test lint bench openapi migration compose-check clean
+
+help:
+	@echo "make demo           run the main job on the sample pictures (about 5 minutes after installing)"
+	@echo "make up             start everything on this machine until Ctrl-C"
+	@echo "make test           run every test against embedded servers"
+	@echo "make lint           ruff, mypy, import-linter"
+	@echo "make bench          benchmarks: a table each, one JSON line last"
+	@echo "make openapi        write docs/openapi/*.json"
+	@echo "make migration m=…  a new Alembic revision from the models"
+	@echo "make compose-check  build the images and run docker-compose.yml under podman (root)"
+	@echo "make clean          remove .venv and caches"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Captune needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || \
+		{ echo "Python's venv module is missing (Debian: apt-get install python3-venv)"; exit 1; }
+	@echo "installing into .venv (about 6 GB, mostly torch) …"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: install
+	@$(BIN)/captune demo
+
+up: install
+	@$(BIN)/captune up
+
+test: install
+	@$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+openapi: install
+	@$(BIN)/python docs/openapi/generate.py
+
+migration: install
+	@$(BIN)/python migrations/new.py "$(m)"
+
+compose-check: install
+	@$(BIN)/python docker/compose_check.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

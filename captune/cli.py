@@ -1,0 +1,310 @@
+"""`captune`: the command line. Exit codes: 0 done, 1 the server refused or a job did not succeed, 2 wrong usage,
+3 no server, 130 interrupted."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from captune import local, tables
+from captune.client import Client
+from captune.connection import default_state_dir
+from captune.errors import CaptuneAPIError, ConnectionNotFound
+from captune.progress import ProgressBar
+from shared.schemas.common import JobEvent, JobResource
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    try:
+        sys.exit(args.run(args))
+    except CaptuneAPIError as error:
+        _fail(1, error.detail)
+    except (ConnectionNotFound, httpx.TransportError) as error:
+        where = "" if isinstance(error, ConnectionNotFound) else "the server does not answer: "
+        _fail(3, f"{where}{error}")
+    except ValidationError as error:
+        _fail(2, "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
+    except (ValueError, FileNotFoundError) as error:
+        _fail(2, str(error))
+    except KeyboardInterrupt:
+        _fail(130, "interrupted; jobs already submitted go on")
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+def _fail(code: int, message: str) -> None:
+    print(f"captune: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def _client(args: argparse.Namespace) -> Client:
+    return Client(args.url, args.api_key, state_dir=args.state_dir)
+
+
+def _print(args: argparse.Namespace, rows: BaseModel | Iterable[BaseModel], header: tuple[str, ...] = ()) -> None:
+    """JSON of everything, or a table of the fields named."""
+    if isinstance(rows, BaseModel):
+        print(rows.model_dump_json(indent=2))
+        return
+    found = list(rows)
+    if args.json:
+        print(json.dumps([row.model_dump() for row in found], indent=2))
+    else:
+        print(tables.table(header, ([getattr(row, name) for name in header] for row in found)))
+
+
+def _finish(args: argparse.Namespace, client: Client, job: JobResource, label: str) -> int:
+    """Wait (unless told not to), print the job, and say by the exit code whether it succeeded."""
+    if args.wait:
+        with ProgressBar(label) as bar:
+            job = client.wait(job, bar)
+    if args.json:
+        print(job.model_dump_json(indent=2))
+    else:
+        print(f"{job.id}  {job.status}" + (f": {job.error.message}" if job.error else ""))
+    return 0 if job.status in ("queued", "running", "succeeded") else 1
+
+
+def datasets_push(args: argparse.Namespace) -> int:
+    fields = {k: getattr(args, k) for k in ("split_seed", "val_fraction", "test_fraction")}
+    fields = {k: v for k, v in fields.items() if v is not None}
+    with _client(args) as client:
+        job = client.push(args.path, name=args.name or args.path.stem, domain=args.domain, **fields)
+        code = _finish(args, client, job, "ingest")
+        report = (client.job(job.id).model_dump().get("report") or {}) if args.wait else {}
+    for notice in report.get("notices", []):
+        print(f"note: {notice['message']}", file=sys.stderr)
+    for refusal in report.get("refusals", [])[:20]:
+        print(f"refused: {refusal['path']}: {refusal['message']}", file=sys.stderr)
+    return code
+
+
+def datasets_list(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        _print(args, client.datasets(), ("id", "name", "domain", "status"))
+    return 0
+
+
+def datasets_rm(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        client.delete_dataset(args.id)
+    return 0
+
+
+def caption(args: argparse.Namespace) -> int:
+    request: dict[str, Any] = {
+        "dataset_id": args.dataset_id,
+        "engine": args.engine,
+        "words": args.words,
+        "domain": args.domain,
+        "split": args.split,
+        "shots": args.shots,
+        "shot_seed": args.shot_seed,
+        "seed": args.seed,
+    }
+    if args.characteristics:
+        request["characteristics"] = args.characteristics.split(",")
+    with _client(args) as client:
+        return _finish(args, client, client.caption(**request), "caption")
+
+
+def train(args: argparse.Namespace) -> int:
+    request: dict[str, Any] = {
+        "model": args.model,
+        "dataset_id": args.dataset_id,
+        "caption_job_id": args.captions,
+        "method": {"type": args.method, "hyperparameters": dict(args.set)},
+        "shots": args.shots,
+        "shot_seed": args.shot_seed,
+        "validation": args.validation,
+        "suffix": args.suffix,
+    }
+    with _client(args) as client:
+        jobs = [client.train(seed=seed, **request) for seed in args.seeds]
+        return max(_finish(args, client, job, f"{args.method} seed {job.seed}") for job in jobs)
+
+
+def jobs_list(args: argparse.Namespace) -> int:
+    kinds = [args.kind] if args.kind else ["ds", "cap", "ft", "eval"]
+    filters = {k: v for k, v in (("dataset_id", args.dataset_id), ("status", args.status)) if v}
+    with _client(args) as client:
+        _print(args, [job for kind in kinds for job in client.jobs(kind, **filters)], ("id", "status", "attempt"))
+    return 0
+
+
+def jobs_show(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        _print(args, client.job(args.id))
+    return 0
+
+
+def jobs_watch(args: argparse.Namespace) -> int:
+    with _client(args) as client, ProgressBar(args.id) as bar:
+        for update in client.watch(args.id):
+            if args.json:
+                print(update.model_dump_json())
+            elif isinstance(update, JobResource):
+                bar.line(f"{update.id}  {update.status}" + (f": {update.error.message}" if update.error else ""))
+            elif isinstance(update, JobEvent):
+                bar.line(f"{update.seq:>4}  {update.type}: {update.message}")
+            else:
+                bar(update)
+        assert isinstance(update, JobResource)
+        return 0 if update.status == "succeeded" else 1
+
+
+def jobs_act(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        job = getattr(client, args.action)(args.id)
+        print(job.model_dump_json(indent=2) if args.json else f"{job.id}  {job.status}")
+    return 0
+
+
+def leaderboard(args: argparse.Namespace) -> int:
+    shots = int(args.shots) if args.shots and args.shots.isdigit() else args.shots
+    with _client(args) as client:
+        board = client.leaderboard(args.dataset_id, metric=args.metric, split=args.split, shots=shots)
+    print(board.model_dump_json(indent=2) if args.json else tables.leaderboard(board))
+    return 0
+
+
+def keys_create(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        key = client.create_key(owner=args.owner, name=args.name, scopes=args.scopes.split(","))
+    print(key.model_dump_json(indent=2) if args.json else f"{key.id}  {key.key}  (shown this once)")
+    return 0
+
+
+def keys_list(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        _print(args, client.keys(), ("id", "owner", "name", "scopes", "revoked_at"))
+    return 0
+
+
+def keys_revoke(args: argparse.Namespace) -> int:
+    with _client(args) as client:
+        client.revoke_key(args.id)
+    return 0
+
+
+# -- parser ------------------------------------------------------------------------------------------------------------
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _seeds(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--url", help="the server (default: CAPTUNE_URL, else the local one)")
+    common.add_argument("--api-key", help="default: CAPTUNE_API_KEY, else the local one's")
+    common.add_argument("--state-dir", type=Path, default=None, help=f"of the local server ({default_state_dir()})")
+    common.add_argument("--json", action="store_true", help="print JSON")
+
+    top = argparse.ArgumentParser(prog="captune", description=__doc__.split(":")[0] if __doc__ else None)
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(group: Any, name: str, run: Command, help: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = group.add_parser(name, parents=[common], help=help, description=help)
+        parser.set_defaults(run=run)
+        return parser
+
+    def waiting(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--no-wait", dest="wait", action="store_false", help="do not wait for the job's end")
+
+    up = command(commands, "up", local.up, "start everything on this machine, until Ctrl-C")
+    up.add_argument("--port", type=int, default=8000, help="0 chooses a free one (default: 8000)")
+    demo = command(commands, "demo", local.demo, "run the main job on the sample pictures")
+    demo.add_argument("--port", type=int, default=0, help="default: a free one")
+
+    datasets = commands.add_parser("datasets", help="labelled images").add_subparsers(required=True, metavar="COMMAND")
+    push = command(datasets, "push", datasets_push, "upload a folder or an archive")
+    push.add_argument("path", type=Path)
+    push.add_argument("--name", help="default: the file's or folder's")
+    push.add_argument("--domain", required=True, help="what the images are of: pets, birds, satellite, …")
+    push.add_argument("--split-seed", type=int)
+    push.add_argument("--val-fraction", type=float)
+    push.add_argument("--test-fraction", type=float)
+    waiting(push)
+    command(datasets, "list", datasets_list, "list data sets")
+    command(datasets, "show", jobs_show, "classes, counts and the report of what was refused").add_argument("id")
+    command(datasets, "rm", datasets_rm, "delete a data set").add_argument("id")
+
+    cap = command(commands, "caption", caption, "caption a data set")
+    cap.add_argument("dataset_id")
+    cap.add_argument("--engine", default="attributes")
+    cap.add_argument("--characteristics", help="default: visual,shape,texture")
+    cap.add_argument("--words", type=int, default=50)
+    cap.add_argument("--domain", help="default: the data set's")
+    cap.add_argument("--split", default="train", choices=["train", "val", "test"])
+    cap.add_argument("--shots", type=int, help="only the few-shot subset")
+    cap.add_argument("--shot-seed", type=int, default=0)
+    cap.add_argument("--seed", type=int, default=0)
+    waiting(cap)
+
+    tune = command(commands, "train", train, "fine-tune CLIP; one job per seed")
+    tune.add_argument("dataset_id")
+    tune.add_argument("--method", default="mmft")
+    tune.add_argument("--captions", metavar="CAPTION_JOB_ID", help="needed by methods that train on captions")
+    tune.add_argument("--model", default="starter")
+    tune.add_argument("--shots", type=int, help="training images per class (default: all)")
+    tune.add_argument("--shot-seed", type=int, default=0)
+    tune.add_argument("--seeds", type=_seeds, default=[0], help="training seeds, comma-separated (default: 0)")
+    tune.add_argument("--validation", default="full", choices=["none", "few_shot", "full"])
+    tune.add_argument("--suffix")
+    tune.add_argument(
+        "--set", type=_assignment, action="append", default=[], metavar="NAME=VALUE", help="hyperparameter"
+    )
+    waiting(tune)
+
+    jobs = commands.add_parser("jobs", help="jobs of every kind").add_subparsers(required=True, metavar="COMMAND")
+    listing = command(jobs, "list", jobs_list, "list jobs")
+    listing.add_argument("--kind", choices=["ds", "cap", "ft", "eval"])
+    listing.add_argument("--dataset-id")
+    listing.add_argument("--status")
+    command(jobs, "show", jobs_show, "one job").add_argument("id")
+    command(jobs, "watch", jobs_watch, "events and progress until the job ends").add_argument("id")
+    for action in ("cancel", "pause", "resume"):
+        act = command(jobs, action, jobs_act, f"{action} a job")
+        act.add_argument("id")
+        act.set_defaults(action=action)
+
+    board = command(commands, "leaderboard", leaderboard, "every setting on a data set, ranked")
+    board.add_argument("dataset_id")
+    board.add_argument("--metric", default="top1")
+    board.add_argument("--split", default="test", choices=["train", "val", "test"])
+    board.add_argument("--shots", help="a number, or 'full'")
+
+    keys = commands.add_parser("keys", help="API keys").add_subparsers(required=True, metavar="COMMAND")
+    create = command(keys, "create", keys_create, "make a key")
+    create.add_argument("--owner", required=True)
+    create.add_argument("--name", default="")
+    create.add_argument("--scopes", default="read,write", help="comma-separated (default: read,write)")
+    command(keys, "list", keys_list, "list keys")
+    command(keys, "revoke", keys_revoke, "revoke a key").add_argument("id")
+    return top
+
+
+if __name__ == "__main__":
+    main()

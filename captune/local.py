@@ -1,0 +1,46 @@
+"""`captune up` and `captune demo`: they need the services installed beside the client, and import them only here."""
+
+import argparse
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from captune.connection import default_state_dir
+
+
+def up(args: argparse.Namespace) -> int:
+    from services.embedded.stack import Stack
+    from shared.errors import CaptuneError
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    state_dir: Path = args.state_dir or default_state_dir()
+    try:
+        with Stack(state_dir, port=args.port, say=_say) as stack:
+            print(f"Captune is up:  {stack.url}   (API docs: {stack.url}/docs)")
+            print(f"API key:        {stack.api_key}")
+            print(f"State and logs: {stack.state_dir}")
+            print("Stop with Ctrl-C.", flush=True)
+            stop.wait()
+            _say("stopping")
+    except CaptuneError as error:
+        print(f"captune: {error.message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    from services.embedded.demo import run
+    from shared.errors import CaptuneError
+
+    try:
+        return run(args.state_dir or default_state_dir(), args.port)
+    except CaptuneError as error:
+        print(f"captune: {error.message}", file=sys.stderr)
+        return 1
+
+
+def _say(text: str) -> None:
+    print(f"  {text} …", file=sys.stderr, flush=True)

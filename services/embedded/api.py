@@ -1,0 +1,21 @@
+"""Every service's API in one process: `uvicorn --factory services.embedded.api:create_app`.
+
+The same routers as in the services' own processes, in one application with one OpenAPI document."""
+
+from fastapi import FastAPI
+
+from services.captioner import app as captioner
+from services.evaluator import app as evaluator
+from services.trainer import app as trainer
+from shared.config import CoreSettings
+from shared.core import Core
+from shared.logging import configure
+from shared.web import create_api
+
+ROUTERS = (*captioner.ROUTERS, *trainer.ROUTERS, *evaluator.ROUTERS)
+
+
+def create_app() -> FastAPI:
+    settings = CoreSettings()
+    configure(settings.log_level)
+    return create_api("Captune", Core.from_settings(settings), ROUTERS, [captioner.lifespan])

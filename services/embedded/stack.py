@@ -1,0 +1,147 @@
+"""`captune up`: the whole system on one machine, from one command.
+
+Starts a PostgreSQL and a Valkey for what no setting names, migrates, then supervises the API process, one worker per
+queue and the reconciler: the same programs that docker-compose.yml runs."""
+
+import json
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
+
+import httpx
+
+from captune.connection import FILE as CONNECTION_FILE
+from services.embedded.lock import prepare_state_dir
+from services.embedded.processes import log_tail
+from services.embedded.servers import start_postgres, start_valkey
+from services.embedded.supervisor import Supervisor
+from shared.auth import KEY_PREFIX, ensure_key
+from shared.db.migrate import migrate
+from shared.db.session import Database
+from shared.errors import Conflict, Unavailable
+from shared.queue import KINDS
+
+READY_SECONDS = 180.0  # the first start builds the starter model
+OWNER = "local"
+
+
+class Stack:
+    """A running system. Use as a context manager, or call `stop()`.
+
+    port: 0 chooses a free one. env: settings for the processes, over this process's environment.
+    Raises Conflict where the port or the state directory is taken, Unavailable where something does not start."""
+
+    def __init__(
+        self,
+        state_dir: Path,
+        *,
+        port: int = 8000,
+        env: dict[str, str] | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.state_dir = prepare_state_dir(state_dir)
+        self._say = say
+        self._undo = ExitStack()
+        try:
+            self._start(port, env or {})
+        except BaseException:
+            self._undo.close()
+            raise
+
+    def _start(self, port: int, extra: dict[str, str]) -> None:
+        given = {**os.environ, **extra}
+        port = _free_port(port)
+        self.url = f"http://127.0.0.1:{port}"
+        env = dict(extra)
+        for name, start in (("DATABASE_URL", start_postgres), ("REDIS_URL", start_valkey)):
+            if name not in given:
+                self._say(f"starting {'PostgreSQL' if name == 'DATABASE_URL' else 'Valkey'}")
+                server = start(self.state_dir)
+                self._undo.callback(server.stop)
+                env[name] = server.url
+        env.setdefault("STORAGE_URL", given.get("STORAGE_URL", f"file://{self.state_dir / 'store'}"))
+        env.setdefault("CAPTUNE_SERVICE_TOKEN", secrets.token_urlsafe(32))  # of this run; held in memory only
+        env.setdefault("CAPTUNE_CAPTIONER_URL", given.get("CAPTUNE_CAPTIONER_URL", self.url))
+        env.setdefault("PYTHONUNBUFFERED", "1")
+        self.env = {**given, **env}
+
+        self._say("preparing the database")
+        database = Database(self.env["DATABASE_URL"])
+        migrate(database)
+        self.api_key = self._remember_key()
+        with database.transaction() as session:
+            ensure_key(session, self.api_key, owner=OWNER, name="captune up")
+        database.close()
+
+        self.supervisor = Supervisor(self.state_dir)
+        self._undo.callback(self.supervisor.stop)
+        python = sys.executable
+        api = ["-m", "uvicorn", "--factory", "services.embedded.api:create_app", "--host", "127.0.0.1"]
+        api += ["--port", str(port), "--no-access-log", "--timeout-graceful-shutdown", "5"]
+        self.supervisor.add("api", [python, *api], env)
+        for kind in KINDS:
+            self.supervisor.add(f"worker-{kind}", [python, "-m", "shared.jobs.worker", kind], env)
+        self.supervisor.add("reconciler", [python, "-m", "shared.jobs.reconciler"], env)
+        self._await_ready()
+        self._write_connection()
+
+    def _remember_key(self) -> str:
+        """The key of the first start, so that clients go on working after a restart."""
+        try:
+            return str(json.loads((self.state_dir / CONNECTION_FILE).read_text())["api_key"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return KEY_PREFIX + secrets.token_urlsafe(32)
+
+    def _write_connection(self) -> None:
+        path = self.state_dir / CONNECTION_FILE
+        temporary = path.with_suffix(".part")
+        temporary.unlink(missing_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump({"url": self.url, "api_key": self.api_key}, file)
+        os.replace(temporary, path)
+
+    def _await_ready(self) -> None:
+        self._say("starting the services and loading the caption model")
+        deadline = time.monotonic() + READY_SECONDS
+        state = "no answer"
+        while time.monotonic() < deadline:
+            try:
+                answer = httpx.get(f"{self.url}/readyz", timeout=5.0)
+            except httpx.TransportError:
+                time.sleep(0.2)
+                continue
+            if answer.is_success:
+                return
+            state = answer.text
+            time.sleep(0.2)
+        log = self.state_dir / "logs" / "api.log"
+        raise Unavailable(f"the API was not ready within {READY_SECONDS:.0f} s ({state}). {log} ends:\n{log_tail(log)}")
+
+    def stop(self) -> None:
+        self._undo.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _free_port(port: int) -> int:
+    """`port` if it can be bound, or a free one for 0."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise Conflict(
+                f"port {port} is in use; stop what uses it, or choose another: captune up --port {port + 1}"
+            ) from None
+        return int(probe.getsockname()[1])
