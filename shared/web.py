@@ -22,6 +22,7 @@ from shared.schemas.common import Problem
 
 log = logging.getLogger(__name__)
 
+UPLOAD_PATH = "/v1/datasets"  # the one route whose body is streamed to disk; every other body is held in memory
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
@@ -133,8 +134,7 @@ class BodyLimit:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
-        multipart = headers.get(b"content-type", b"").startswith(b"multipart/form-data")
-        limit = self.upload_bytes if multipart else self.json_bytes
+        limit = self.upload_bytes if scope["path"] == UPLOAD_PATH else self.json_bytes
         error = TooLarge(f"the request's body is over the limit of {limit} bytes", code="body_too_large")
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:

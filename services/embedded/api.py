@@ -9,6 +9,7 @@ from services.evaluator import app as evaluator
 from services.trainer import app as trainer
 from shared.config import CoreSettings
 from shared.core import Core
+from shared.cpu import share_cores
 from shared.logging import configure
 from shared.web import create_api
 
@@ -16,6 +17,7 @@ ROUTERS = (*captioner.ROUTERS, *trainer.ROUTERS, *evaluator.ROUTERS)
 
 
 def create_app() -> FastAPI:
+    share_cores()
     settings = CoreSettings()
     configure(settings.log_level)
     return create_api("Captune", Core.from_settings(settings), ROUTERS, [captioner.lifespan])

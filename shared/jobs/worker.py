@@ -19,12 +19,13 @@ from sqlalchemy.orm import Session
 
 from shared.config import CoreSettings
 from shared.core import Core
+from shared.cpu import share_cores
 from shared.db.models import Job
 from shared.errors import CaptuneError, TooBusy, Unavailable
 from shared.jobs import Cancelled, HandedBack, LeaseLost, Paused, ledger
 from shared.jobs.claim import Claim
 from shared.logging import configure
-from shared.queue import KINDS
+from shared.queue import KINDS, ledger_id
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def _job_class(runner: Runner) -> type[RQJob]:
         success_callback = failure_callback = stopped_callback = None
 
         def _execute(self) -> None:
-            runner.run(self.id)
+            runner.run(ledger_id(self.id))
 
         def send_webhooks(self, *_: Any, **__: Any) -> None:
             return None
@@ -141,6 +142,7 @@ def _job_class(runner: Runner) -> type[RQJob]:
 
 
 def main(kind: str) -> None:
+    share_cores()
     settings = CoreSettings()
     configure(settings.log_level)
     core = Core.from_settings(settings, pool_size=4)

@@ -1,0 +1,60 @@
+"""The captioner's API process: `uvicorn --factory services.captioner.app:create_app`."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from services.captioner import chat, routes
+from services.captioner.batcher import Batcher
+from services.captioner.engines import build
+from services.captioner.settings import CaptionerSettings
+from shared.config import CoreSettings
+from shared.core import Core
+from shared.cpu import share_cores
+from shared.errors import Unavailable
+from shared.logging import configure
+from shared.web import create_api
+
+ROUTERS = (routes.router, chat.router)
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Starts the engines; they load in their own threads, `/readyz` and `/v1/models` tell when they can be used."""
+    settings = CaptionerSettings()
+    app.state.captioner_settings = settings
+    app.state.batchers = {
+        name: Batcher(
+            build(name, spec),
+            queue_size=settings.queue_size,
+            max_wait_ms=settings.max_wait_ms,
+            request_timeout_s=settings.request_timeout_s,
+            prepare_threads=settings.prepare_threads,
+        )
+        for name, spec in settings.engines.items()
+    }
+    for batcher in app.state.batchers.values():
+        batcher.start()
+
+    def model_loaded() -> None:
+        for name, batcher in app.state.batchers.items():
+            if batcher.error is not None:
+                raise Unavailable(f"{name}: {batcher.error}")
+            if not batcher.ready:
+                raise Unavailable(f"{name} is loading")
+
+    app.state.readiness["model"] = model_loaded
+    try:
+        yield
+    finally:
+        for batcher in app.state.batchers.values():
+            await asyncio.to_thread(batcher.stop)
+
+
+def create_app() -> FastAPI:
+    share_cores()
+    settings = CoreSettings()
+    configure(settings.log_level)
+    return create_api("Captune captioner", Core.from_settings(settings), ROUTERS, [lifespan])

@@ -1,0 +1,100 @@
+"""The contract between the captioner and whatever turns pictures into sentences.
+
+A request passes through three steps so that the device never waits for Python:
+
+* ``prepare`` runs on CPU threads, one request at a time (decode, resize, tokenize);
+* ``generate`` runs on the one thread that owns the device, on a batch;
+* ``finish`` runs on the CPU again and turns a raw output into text and counts.
+
+An engine keeps no queue and starts no thread: that is the batcher's business.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+from PIL import Image
+
+from services.captioner.settings import EngineSpec
+
+FinishReason = Literal["stop", "length"]
+
+_NO_METADATA: Mapping[str, str] = MappingProxyType({})
+
+
+def fit(image: Image.Image, max_pixels: int) -> Image.Image:
+    """The picture itself, or a copy of the same proportions scaled down to at most ``max_pixels`` of area."""
+    area = image.width * image.height
+    if area <= max_pixels:
+        return image
+    scale = (max_pixels / area) ** 0.5
+    size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+
+
+@dataclass(frozen=True)
+class CaptionRequest:
+    """One prompt over zero or more RGB pictures.
+
+    ``metadata`` is what the caller knows besides the prompt (``class_name``, ``domain``,
+    ``characteristic``, ``words``); engines that work without a language model read it.
+    """
+
+    images: tuple[Image.Image, ...]
+    prompt: str
+    max_tokens: int = 160
+    temperature: float = 0.2
+    seed: int | None = None
+    metadata: Mapping[str, str] = field(default_factory=lambda: _NO_METADATA)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished text with its token counts (as the engine's own tokenizer counts them)."""
+
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Engine(ABC):
+    """Base of all engines. Subclasses take an ``EngineSpec`` and do nothing heavy before ``load``."""
+
+    #: The model id clients send as ``model``: the key under which the settings name this engine.
+    name: str
+    #: What a caption's provenance records. Changes whenever output could change (weights,
+    #: precision, code version); final once ``load`` has returned.
+    revision: str = "not loaded"
+    #: Largest batch ``generate`` is given.
+    max_batch: int
+    #: Shown by ``GET /v1/models``; engines that load weights set it in ``load``.
+    precision: str = "none"
+    #: Largest batch when the settings name none.
+    default_max_batch: ClassVar[int] = 16
+
+    def __init__(self, spec: EngineSpec, name: str | None = None) -> None:
+        self.spec = spec
+        self.name = name or spec.type
+        self.max_batch = spec.max_batch or self.default_max_batch
+
+    @abstractmethod
+    def load(self) -> None:
+        """Load weights. Called once, on the thread that will call ``generate``.
+
+        Raises a ``CaptuneError`` that says what to do when the model cannot be had.
+        """
+
+    @abstractmethod
+    def prepare(self, request: CaptionRequest) -> Any:
+        """CPU work of one request. An error raised here is reported for this request only."""
+
+    @abstractmethod
+    def generate(self, prepared: Sequence[Any]) -> list[Any]:
+        """One device batch of 1..``max_batch`` prepared requests; one raw output per input, same order."""
+
+    @abstractmethod
+    def finish(self, raw: Any) -> Generation:
+        """CPU work after generation."""

@@ -1,0 +1,56 @@
+"""Settings of the captioner, read from ``CAPTUNE_*`` when ``CaptionerSettings()`` is called."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Precision = Literal["auto", "nf4", "int8", "bf16", "fp16", "fp32"]
+
+
+class EngineSpec(BaseModel):
+    """What to build one engine from.
+
+    ``model`` is a hub id or a local directory; directories are accepted only below one of
+    ``model_roots``, so that nobody can make the service read an arbitrary path.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    type: str = "attributes"
+    model: str | None = None
+    precision: Precision = "auto"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    max_batch: int | None = Field(default=None, ge=1, le=1024)
+    max_pixels: int = Field(default=1_048_576, ge=1024, description="Larger pictures are scaled down to this area.")
+    model_roots: tuple[Path, ...] = ()
+
+
+def _default_engines() -> dict[str, EngineSpec]:
+    return {"attributes": EngineSpec()}
+
+
+class CaptionerSettings(BaseSettings):
+    """``CAPTUNE_ENGINES`` is JSON: ``{"attributes": {}, "qwen": {"type": "hf", "model": "Qwen/..."}}``."""
+
+    model_config = SettingsConfigDict(env_prefix="CAPTUNE_", extra="ignore")
+
+    engines: dict[str, EngineSpec] = Field(default_factory=_default_engines, min_length=1)
+    queue_size: int = Field(default=256, ge=1, description="Requests waiting per engine; more are answered 429.")
+    max_wait_ms: float = Field(default=10.0, ge=0, le=1000, description="Longest wait to fill a batch.")
+    request_timeout_s: float = Field(default=300.0, gt=0, description="Deadline of one caption request, in seconds.")
+    prepare_threads: int = Field(default=2, ge=1, le=64)
+    max_image_bytes: int = Field(default=48_000_000, ge=1024)
+    max_image_pixels: int = Field(default=100_000_000, ge=1024)
+    max_images: int = Field(default=8, ge=1, le=64, description="Pictures per chat request.")
+
+
+class CaptionWorkerSettings(BaseSettings):
+    """Where the worker of caption jobs finds the model, and how much it asks at a time."""
+
+    model_config = SettingsConfigDict(env_prefix="CAPTUNE_", extra="ignore")
+
+    captioner_url: str = Field(description="Base URL of the captioner's API, without /v1.")
+    service_token: SecretStr
+    caption_concurrency: int = Field(default=32, ge=1, le=1024, description="Requests in flight.")

@@ -1,0 +1,242 @@
+"""CLIP models by name. `starter`, any open_clip `arch/pretrained`, or a local directory in open_clip's layout become
+the same `LoadedClip`, which carries all that is needed to write the model down again for anybody with open_clip."""
+
+import difflib
+import logging
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.tokenizer import HFTokenizer
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+from torchvision.transforms import Compose
+from torchvision.transforms.functional import pil_to_tensor
+
+from shared import local_dir
+from shared.errors import InvalidInput, Unavailable
+from shared.starter import ensure_starter
+
+__all__ = [
+    "LoadedClip",
+    "encode_image",
+    "encode_text",
+    "ensure_starter",
+    "load_clip",
+    "normalise",
+    "preprocess_uint8",
+    "save_clip",
+    "tokenize",
+]
+
+log = logging.getLogger(__name__)
+
+# What open_clip and transformers raise on a folder that is not what it claims to be.
+_BROKEN = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, AssertionError, OSError, SafetensorError)
+
+
+@dataclass
+class LoadedClip:
+    """An open_clip model in eval mode, fp32, on the CPU, with what belongs to it."""
+
+    model: Any  # open_clip CLIP or CustomTextCLIP
+    name: str  # "starter", "arch/pretrained" (the arch really built) or the resolved directory
+    config: dict[str, Any]  # open_clip_config.json: {"model_cfg", "preprocess_cfg"}; states quick_gelu
+    tokenizer: Callable[..., Tensor]
+    image_size: int  # S, pixels
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    resize_mode: str
+    tokenizer_files: Path | None  # directory holding them, None for open_clip's own tokenizer or a hub's
+    resize_crop: Callable[[Image.Image], Image.Image]  # the model's eval transform up to the tensor
+
+
+def load_clip(name: str, cache_dir: Path, model_roots: Sequence[Path] = ()) -> LoadedClip:
+    """Loads a model by name. Raises InvalidInput for a name that is wrong, Unavailable where weights can't be had.
+
+    name: "starter" (built into `cache_dir` once) · "ViT-B-32/laion2b_s34b_b79k" (weights through open_clip, kept in
+    `cache_dir`) · a local directory below one of `model_roots`, absolute or relative to a root."""
+    if name == "starter":
+        return _load_directory(ensure_starter(cache_dir), "starter")
+    arch, _, tag = name.partition("/")
+    if arch in open_clip.list_models() and tag:
+        return _load_published(arch, tag, cache_dir)
+    looks_local = name.startswith(("local-dir:", "/", ".", "~")) or any((root / name).is_dir() for root in model_roots)
+    if looks_local:
+        directory = local_dir.resolve(name, model_roots)
+        return _load_directory(directory, str(directory))
+    raise _unknown(name)
+
+
+def save_clip(loaded: LoadedClip, model_state: Mapping[str, Tensor], directory: Path) -> None:
+    """Writes `model_state` (a state_dict of `loaded.model`) as a folder that `open_clip.create_model_and_transforms`
+    and `open_clip.get_tokenizer` load as "local-dir:DIRECTORY". Not atomic: the caller renames a temporary directory.
+
+    One limit is open_clip's: for a model with a Hugging Face text tower it asks transformers for `hf_model_name`, which
+    for the starter is the installed MiniLM package. In an environment where that path is missing, put the hub id there
+    that the config notes under `hub_ids`. `load_clip` needs neither."""
+    hf_tower = getattr(getattr(loaded.model, "text", None), "config", None)
+    if not isinstance(loaded.tokenizer, HFTokenizer) or loaded.tokenizer_files is not None:
+        local_dir.write(directory, loaded.config, model_state, loaded.tokenizer_files)
+        return
+    with tempfile.TemporaryDirectory() as files:  # a hub's tokenizer: written out so that the folder stands alone
+        loaded.tokenizer.save_pretrained(files)
+        if hf_tower is not None:
+            hf_tower.save_pretrained(files)
+        local_dir.write(directory, loaded.config, model_state, Path(files))
+
+
+def preprocess_uint8(image: Image.Image, clip: LoadedClip) -> Tensor:
+    """-> (3, S, S) uint8: the model's own evaluation resize and crop, without normalisation (that is `normalise`)."""
+    pixels: Tensor = pil_to_tensor(clip.resize_crop(image.convert("RGB")))
+    return pixels
+
+
+def normalise(images_uint8: Tensor, clip: LoadedClip) -> Tensor:
+    """(N, 3, S, S) uint8 -> float32 as the image tower takes it, on the same device."""
+    mean, std = (torch.tensor(v, device=images_uint8.device).view(1, -1, 1, 1) for v in (clip.mean, clip.std))
+    images = images_uint8.contiguous(memory_format=torch.channels_last)
+    return (images.float() / 255 - mean) / std
+
+
+def tokenize(clip: LoadedClip, texts: Sequence[str]) -> Tensor:
+    """-> (N, L) int64. With a Hugging Face text tower L is the batch's longest text, since that tower masks padding and
+    gives the same answer without it; otherwise L is the context length."""
+    tokens = clip.tokenizer(list(texts))
+    padding = getattr(getattr(clip.model, "text", None), "config", None)
+    if padding is None or padding.pad_token_id is None:
+        return tokens
+    return tokens[:, : max(1, int((tokens != padding.pad_token_id).sum(1).max()))]
+
+
+@torch.no_grad()
+def encode_text(clip: LoadedClip, texts: Sequence[str], batch: int = 128) -> Tensor:
+    """-> (N, D) float32 on the CPU, rows of length 1, in the order given."""
+    device = next(clip.model.parameters()).device
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # similar lengths together pad little
+    rows = torch.empty(len(texts), _embed_dim(clip))
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        tokens = tokenize(clip, [texts[index] for index in chosen]).to(device)
+        rows[chosen] = clip.model.encode_text(tokens, normalize=True).float().cpu()
+    return rows
+
+
+@torch.no_grad()
+def encode_image(clip: LoadedClip, images_uint8: Tensor, batch: int = 64) -> Tensor:
+    """(N, 3, S, S) uint8 from `preprocess_uint8` -> (N, D) float32 on the CPU, rows of length 1."""
+    device = next(clip.model.parameters()).device
+    rows = [
+        clip.model.encode_image(normalise(part.to(device), clip), normalize=True).float().cpu()
+        for part in torch.split(images_uint8, batch)
+        if len(part)
+    ]
+    return torch.cat(rows) if rows else torch.empty(0, _embed_dim(clip))
+
+
+def _embed_dim(clip: LoadedClip) -> int:
+    return int(clip.config["model_cfg"]["embed_dim"])
+
+
+def _load_published(arch: str, tag: str, cache_dir: Path) -> LoadedClip:
+    # open_clip would also take a file path for the tag, pickled weights included: only its own list counts here.
+    known = open_clip.list_pretrained_tags_by_model(arch)
+    if tag not in known:
+        close = difflib.get_close_matches(tag, known, n=3, cutoff=0.3) or known[:3]
+        hint = f"Did you mean {' or '.join(f'{arch}/{t}' for t in close)}?" if close else "It has no published weights."
+        raise InvalidInput(
+            f"open_clip knows no weights '{tag}' for {arch}. {hint}", code="unknown_model", param="model"
+        )
+    published = open_clip.get_pretrained_cfg(arch, tag)
+    quick_gelu = bool(published.get("quick_gelu", False))
+    cfg = open_clip.get_model_config(arch)
+    if quick_gelu and not cfg.get("quick_gelu", False):
+        # Run with GELU these weights load without an error and are silently worse.
+        if f"{arch}-quickgelu" in open_clip.list_models():
+            log.info("%s/%s was trained with QuickGELU: using %s-quickgelu", arch, tag, arch)
+            arch, cfg = f"{arch}-quickgelu", open_clip.get_model_config(f"{arch}-quickgelu")
+        else:
+            log.info("%s/%s was trained with QuickGELU: turning it on", arch, tag)
+    try:
+        model = open_clip.create_model(
+            arch, pretrained=tag, cache_dir=str(cache_dir), force_quick_gelu=quick_gelu, require_pretrained=True
+        )
+        tokenizer = open_clip.get_tokenizer(arch, cache_dir=str(cache_dir))
+    except (RuntimeError, OSError) as error:
+        raise Unavailable(
+            f"The weights of {arch}/{tag} could not be loaded: {error}. They are downloaded once into {cache_dir};"
+            " check that this machine reaches the model hub, or name a local directory, or use 'starter'.",
+            code="model_unavailable",
+            param="model",
+        ) from error
+    return _loaded(model, f"{arch}/{tag}", {"model_cfg": cfg}, tokenizer, None)
+
+
+def _load_directory(directory: Path, name: str) -> LoadedClip:
+    config, text_cfg = local_dir.read(directory)
+    try:
+        model = open_clip.create_model(f"local-dir:{directory}", text_cfg=text_cfg, require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{directory}")
+    except _BROKEN as error:
+        raise InvalidInput(
+            f"The model in '{directory}' can't be loaded: {error}. The folder must hold {local_dir.CONFIG} and the"
+            " weights that belong to it, as open_clip saves them.",
+            code="bad_model",
+            param="model",
+        ) from error
+    return _loaded(model, name, config, tokenizer, directory if isinstance(tokenizer, HFTokenizer) else None)
+
+
+def _loaded(model: Any, name: str, config: dict[str, Any], tokenizer: Any, files: Path | None) -> LoadedClip:
+    preprocess = PreprocessCfg(**model.visual.preprocess_cfg)
+    size = preprocess.size if isinstance(preprocess.size, int) else preprocess.size[0]
+    if not isinstance(preprocess.size, int) and preprocess.size[0] != preprocess.size[-1]:
+        raise InvalidInput(f"{name} takes images of {preprocess.size} pixels; only square ones are supported.")
+    kept = ("mean", "std", "interpolation", "resize_mode")
+    recorded = deepcopy(config)
+    recorded["model_cfg"]["quick_gelu"] = bool(recorded["model_cfg"].get("quick_gelu", False))
+    recorded["preprocess_cfg"] = {key: getattr(preprocess, key) for key in kept}
+    steps = image_transform_v2(preprocess, is_train=False).transforms
+    if hasattr(model.visual, "trunk"):  # timm: mostly convolutions, 1.5 times faster this way on a CPU
+        model.visual.to(memory_format=torch.channels_last)
+    return LoadedClip(
+        model=model.eval(),
+        name=name,
+        config=recorded,
+        tokenizer=tokenizer,
+        image_size=int(size),
+        mean=tuple(preprocess.mean),
+        std=tuple(preprocess.std),
+        interpolation=preprocess.interpolation,
+        resize_mode=preprocess.resize_mode,
+        tokenizer_files=files,
+        resize_crop=Compose(steps[:-2]),  # open_clip always ends with ToTensor and Normalize
+    )
+
+
+def _unknown(name: str) -> InvalidInput:
+    arch = name.partition("/")[0]
+    if arch in open_clip.list_models():
+        tags = open_clip.list_pretrained_tags_by_model(arch)
+        return InvalidInput(
+            f"'{name}' names an architecture without weights."
+            f" {'Name both: ' + ' or '.join(f'{arch}/{tag}' for tag in tags[:2]) if tags else 'None are published'}.",
+            code="unknown_model",
+            param="model",
+        )
+    close = difflib.get_close_matches(arch, open_clip.list_models(), n=3)
+    hint = f" Did you mean {' or '.join(f'{a}/…' for a in close)}?" if close else ""
+    return InvalidInput(
+        f"No model is called '{name}'.{hint} Use 'starter', an open_clip 'architecture/pretrained' such as"
+        " ViT-B-32/laion2b_s34b_b79k, or a directory below the model roots.",
+        code="unknown_model",
+        param="model",
+    )

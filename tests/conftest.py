@@ -1,0 +1,3 @@
+from shared.cpu import share_cores
+
+share_cores()
