@@ -1,0 +1,1 @@
+"""What the `attributes` engine measures on a picture and how it says it."""
