@@ -13,7 +13,7 @@ from shared.auth import Principal, Reader, Writer
 from shared.datasets.archive import sniff
 from shared.datasets.lookup import get_dataset, usable_dataset
 from shared.db.models import FINAL, Caption, CaptionJobItem, Dataset, Image, Job
-from shared.errors import Conflict, NotFound
+from shared.errors import CaptuneError, Conflict, NotFound
 from shared.ids import new_id
 from shared.jobs import ledger
 from shared.jobs.routes import get_job, job_routes
@@ -69,11 +69,15 @@ def create_dataset(
         session.flush()
         return dataset_id
 
-    with core.transaction() as session:
-        request = "POST /datasets " + json.dumps(fields, sort_keys=True)
-        found = idempotency.once(session, who.owner, idempotency_key, request, lambda: create(session))
-        accepted(response, f"/v1/datasets/{found}")
-        answer = render_dataset(session, session.get_one(Job, found))
+    try:
+        with core.transaction() as session:
+            request = "POST /datasets " + json.dumps(fields, sort_keys=True)
+            found = idempotency.once(session, who.owner, idempotency_key, request, lambda: create(session))
+            accepted(response, f"/v1/datasets/{found}")
+            answer = render_dataset(session, session.get_one(Job, found))
+    except CaptuneError:  # refused: no row names the archive
+        core.store.delete(archive_key)
+        raise
     if found != dataset_id:
         core.store.delete(archive_key)
     return answer
