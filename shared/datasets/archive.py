@@ -3,7 +3,6 @@
 An archive is walked twice in flat memory: once for its names, from which the layout is decided, once for the files.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -122,13 +121,10 @@ class Archive:
         raise InvalidInput(f"The file has more than {limit // MIB} MiB. Scale the picture down.", code="file_too_large")
 
     def _entries(self) -> Iterator[Entry]:
-        with self.path.open("rb") as file:
-            length = os.fstat(file.fileno()).st_size
-            meter = Meter(self._limits, length)
-            if self.kind == "zip":
-                yield from zip_reader.entries(file, length, meter)
-            else:
-                yield from tar_reader.entries(file, self.kind.removeprefix("tar").removeprefix("."), meter)
+        meter = Meter(self._limits, self.path.stat().st_size)
+        if self.kind == "zip":
+            return zip_reader.entries(self.path, meter)
+        return tar_reader.entries(self.path, self.kind.removeprefix("tar").removeprefix("."), meter)
 
 
 def open_archive(path: Path, limits: Limits | None = None, keep: Callable[[str], bool] = lambda path: False) -> Archive:

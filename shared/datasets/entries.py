@@ -23,3 +23,12 @@ class Entry:
     kind: Kind
     size: int
     read: Callable[[int], bytes]
+
+
+def decoded(name: str, codec: str) -> str:
+    """A name that was read with the format's historical `codec`: as UTF-8 where it is that, which packers often do not
+    say."""
+    try:
+        return name.encode(codec).decode("utf-8")
+    except UnicodeError:
+        return name

@@ -1,4 +1,4 @@
-"""What an uploaded archive may cost, measured on what really comes out of it, never on what its headers claim."""
+"""What an uploaded archive may cost, measured on what is unpacked of it; a header's claim can never make that less."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -35,8 +35,8 @@ class Meter:
         self._entries = 0
         self._unpacked = 0
 
-    def entry(self) -> None:
-        self._entries += 1
+    def entries(self, count: int) -> None:
+        self._entries += count
         if self._entries > self._limits.max_entries:
             raise BadArchive(
                 f"The archive has more than {self._limits.max_entries:,} entries. Split the data set.",

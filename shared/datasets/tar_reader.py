@@ -1,238 +1,151 @@
-"""Tar entries in one forward pass: POSIX ustar and pax, GNU long names, old v7. Plain, gzip, bzip2 or xz.
+"""Tar entries in one forward pass through `tarfile`: plain, gzip, bzip2 or xz.
 
-The standard library's tarfile believes the sizes of its extended headers (a bomb there fills the memory before a byte
-of content is read) and keeps every member it has seen. This reader holds one entry.
+`tarfile` believes the sizes of extended headers and keeps all it has seen. So it reads through a guard, which lets it
+have little between two files, and forgets every entry at once.
 """
 
 import bz2
 import gzip
+import io
 import lzma
+import tarfile
 import zlib
 from collections.abc import Iterator
 from functools import partial
-from typing import BinaryIO, Final, Protocol
+from pathlib import Path
+from typing import BinaryIO, Final
 
-from shared.datasets.entries import Entry, Kind
+from shared.datasets.entries import Entry, Kind, decoded
 from shared.datasets.limits import MIB, Meter, corrupt, truncated
 
-BLOCK: Final = 512
+BLOCK: Final = tarfile.BLOCKSIZE
 _CHUNK: Final = 256 * 1024
-_MAX_EXTENDED: Final = MIB  # a pax header or long name; real ones have a few hundred bytes
+_MAX_EXTENDED: Final = MIB  # pax headers and long names of one entry; real ones have a few hundred bytes
+_LEAST: Final = 64 * 1024  # what a read counts for at least, so that headers cannot be nested more than 16 deep
 _XZ_MEMORY: Final = 128 * MIB  # `xz -9` needs 65 MiB; a header may ask for 4 GiB
-_TYPES: Final[dict[bytes, Kind]] = {
-    b"0": "file", b"\0": "file", b"7": "file", b"5": "directory", b"1": "link", b"2": "link",
-    b"3": "special", b"4": "special", b"6": "special",
+# Before Python 3.11.10 and 3.12.6 tarfile takes quadratic time on many digits in a pax header (CVE-2024-6232).
+_TO_ZERO: Final = bytes.maketrans(b"123456789", b"000000000")
+_ENDLESS: Final = b"0" * 256
+_DAMAGE: Final = (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError)
+_KINDS: Final[dict[bytes, Kind]] = {
+    tarfile.REGTYPE: "file", tarfile.AREGTYPE: "file", tarfile.CONTTYPE: "file", tarfile.DIRTYPE: "directory",
+    tarfile.LNKTYPE: "link", tarfile.SYMTYPE: "link",
+    tarfile.CHRTYPE: "special", tarfile.BLKTYPE: "special", tarfile.FIFOTYPE: "special",
 }  # fmt: skip
 
 
-class _Readable(Protocol):
-    def read(self, size: int, /) -> bytes: ...
-
-
-def entries(file: BinaryIO, compression: str, meter: Meter) -> Iterator[Entry]:
+def entries(path: Path, compression: str, meter: Meter) -> Iterator[Entry]:
     """`compression`: "", "gz", "bz2" or "xz". Raises BadArchive: a tar has nothing to go on with after damage."""
-    file.seek(0)
-    stream = _Stream(_decompressed(file, compression), meter)
-    name: str | None = None
-    pax: dict[str, str] = {}
-    while True:
-        header = stream.exactly(BLOCK)
-        if header == b"\0" * BLOCK:
-            stream.drain()  # to the compressed stream's own checksum
-            return
-        if not valid_header(header):
+    with path.open("rb") as file:
+        source = _Source(_pieces(file, compression, _CHUNK), meter)
+        try:
+            archive = tarfile.TarFile(fileobj=source, encoding="latin-1")
+            while info := archive.next():
+                archive.members, archive.pax_headers = [], {}  # type: ignore[attr-defined]
+                source.allowance = _MAX_EXTENDED
+                meter.entries(1)
+                kind = "unsupported" if info.issparse() else _KINDS.get(info.type, "unsupported")
+                if kind == "file" and info.name.endswith("/"):
+                    kind = "directory"
+                read = partial(source.content, source.tell(), info.size)
+                yield Entry(decoded(info.name, "latin-1"), kind, info.size, read)
+        except (tarfile.TarError, ValueError) as error:
+            raise corrupt("a header") from error
+        if any(source.latest):  # tarfile takes a bad header for the end
             raise corrupt("a header's checksum is wrong")
-        meter.entry()
-        size = _number(header[124:136])
-        flag = header[156:157]
-        if flag in b"xXgLK":
-            if size > _MAX_EXTENDED:
-                raise corrupt("an extended header is absurdly long")
-            content = stream.exactly(size)
-            stream.skip(-size % BLOCK)
-            if flag in b"xX":
-                pax = _pax(content)
-            elif flag == b"L":
-                name = _text(content.split(b"\0", 1)[0])
-            continue
-        size = _pax_size(pax, size)
-        kind = _TYPES.get(flag, "unsupported")
-        if flag == b"S" and header[482]:
-            while stream.exactly(BLOCK)[504]:
-                pass
-        if any(key.startswith("GNU.sparse") for key in pax):
-            kind = "unsupported"
-        name = pax.get("path") or name or _ustar_name(header)
-        if kind == "file" and name.endswith("/"):
-            kind = "directory"
-        # As every tar does: links, devices and folders have no content, whatever their size field says.
-        if kind not in ("file", "unsupported"):
-            size = 0
-        before = stream.position
-        yield Entry(name, kind, size, partial(stream.content, before, size))
-        stream.skip(before + size + -size % BLOCK - stream.position)
-        name, pax = None, {}
+        while source.piece():  # to the compressed stream's own checksum
+            pass
 
 
 def valid_header(header: bytes) -> bool:
     """Whether these 512 bytes are a tar header, or the zeros that end an archive."""
-    if len(header) < BLOCK:
-        return False
-    if header == b"\0" * BLOCK:
-        return True
     try:
-        expected = int(header[148:156].strip(b"\0 ") or b"0", 8)
-    except ValueError:
-        return False
-    return expected == sum(header[:148]) + 8 * 0x20 + sum(header[156:])
+        return bool(tarfile.TarInfo.frombuf(header, "latin-1", "strict"))
+    except tarfile.HeaderError:
+        return header == b"\0" * BLOCK
 
 
 def first_block(file: BinaryIO, compression: str) -> bytes:
     """The first 512 bytes inside, or fewer where there are none. Never raises for damaged data."""
     file.seek(0)
-    source, block = _decompressed(file, compression), b""
     try:
-        while len(block) < BLOCK and (more := source.read(BLOCK - len(block))):
-            block += more
-    except (EOFError, OSError, zlib.error, lzma.LZMAError, ValueError):
-        return block
-    return block
+        return next(_pieces(file, compression, BLOCK), b"")
+    except _DAMAGE:
+        return b""
 
 
-class _Stream:
-    """A metered forward reader that turns every decompressor's complaint into BadArchive."""
+class _Source(io.RawIOBase):
+    """The unpacked stream as tarfile sees it: forward only, metered, and never short. `allowance` is what tarfile may
+    read before the next file, `latest` what it has read last. Raises BadArchive for whatever is wrong."""
 
-    def __init__(self, source: _Readable, meter: Meter) -> None:
-        self._source = source
-        self._meter = meter
-        self.position = 0
+    def __init__(self, pieces: Iterator[bytes], meter: Meter) -> None:
+        self._pieces, self._meter = pieces, meter
+        self._rest, self._position = memoryview(b""), 0
+        self.allowance, self.latest = _MAX_EXTENDED, b""
 
-    def exactly(self, size: int) -> bytes:
-        parts = []
-        while size:
-            part = self._some(min(size, _CHUNK))
-            if not part:
-                raise truncated()
-            parts.append(part)
-            size -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        for _ in self._parts(offset - self._position):
+            pass
+        return offset
+
+    def read(self, size: int = -1, /) -> bytes:
+        self.allowance -= max(size, _LEAST)
+        if self.allowance < 0:
+            raise corrupt("an extended header is absurdly long")
+        self.latest = b"".join(self._parts(size))
+        if size > BLOCK and _ENDLESS in self.latest.translate(_TO_ZERO):
+            raise corrupt("an extended header")
+        return self.latest
 
     def content(self, start: int, size: int, limit: int) -> bytes:
-        if self.position != start:
+        if self._position != start:
             raise RuntimeError("a tar member can only be read once, and before the next one")
-        return self.exactly(min(size, limit + 1))
+        return b"".join(self._parts(min(size, limit + 1)))
 
-    def skip(self, size: int) -> None:
-        while size:
-            part = self._some(min(size, _CHUNK))
-            if not part:
-                raise truncated()
-            size -= len(part)
-
-    def drain(self) -> None:
-        while self._some(_CHUNK):
-            pass
-
-    def _some(self, size: int) -> bytes:
+    def piece(self) -> bytes:
         try:
-            part = self._source.read(size)
-        except EOFError as error:
-            raise truncated() from error
-        except (zlib.error, lzma.LZMAError, ValueError) as error:
-            raise corrupt("its compressed data") from error
-        except OSError as error:
-            if error.errno is not None:  # the disk's fault, not the archive's
+            piece = next(self._pieces, b"")
+        except _DAMAGE as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the archive's
                 raise
-            raise corrupt("its compressed data") from error
-        self._meter.unpacked(len(part))
-        self.position += len(part)
-        return part
+            raise (truncated() if isinstance(error, EOFError) else corrupt("its compressed data")) from error
+        self._meter.unpacked(len(piece))
+        return piece
+
+    def _parts(self, size: int) -> Iterator[memoryview]:
+        if size < 0:
+            raise corrupt("a size is not a number")
+        while size:
+            self._rest = self._rest or memoryview(self.piece())
+            if not self._rest:
+                raise truncated()
+            part, self._rest = self._rest[:size], self._rest[size:]
+            self._position += len(part)
+            size -= len(part)
+            yield part
 
 
-class _Xz:
-    """lzma.LZMAFile with a memory limit, which that class cannot be given."""
+def _pieces(file: BinaryIO, compression: str, size: int) -> Iterator[bytes]:
+    if compression == "xz":
+        return _xz_pieces(file, size)
+    stream: BinaryIO | gzip.GzipFile | bz2.BZ2File = file
+    if compression:
+        stream = gzip.GzipFile(fileobj=file) if compression == "gz" else bz2.BZ2File(file)
+    return iter(lambda: stream.read(size), b"")
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._decoder: lzma.LZMADecompressor | None = None
 
-    def read(self, size: int, /) -> bytes:
-        while True:
-            fresh = b""
-            if self._decoder is None or self._decoder.eof:
-                fresh = self._next_stream()
-                if not fresh:
-                    return b""
-            elif self._decoder.needs_input and not (fresh := self._file.read(_CHUNK)):
+def _xz_pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """As lzma.LZMAFile reads, but with a memory limit, which that class cannot be given."""
+    packed = b""
+    while packed := packed.lstrip(b"\0") or file.read(_CHUNK).lstrip(b"\0"):
+        decoder = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+        while not decoder.eof:
+            if decoder.needs_input and not (packed := packed or file.read(_CHUNK)):
                 raise EOFError
-            assert self._decoder is not None
-            if part := self._decoder.decompress(fresh, size):
-                return part
-
-    def _next_stream(self) -> bytes:
-        """The beginning of the next stream (xz files may be concatenated, with zeros between); b"" at the end."""
-        rest = self._decoder.unused_data if self._decoder else b""
-        while not (rest := rest.lstrip(b"\0")):
-            if not (rest := self._file.read(_CHUNK)):
-                return b""
-        self._decoder = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
-        return rest
-
-
-def _decompressed(file: BinaryIO, compression: str) -> _Readable:
-    if compression == "gz":
-        return gzip.GzipFile(fileobj=file, mode="rb")
-    if compression == "bz2":
-        return bz2.BZ2File(file, "rb")
-    return _Xz(file) if compression == "xz" else file
-
-
-def _number(field: bytes) -> int:
-    """Octal digits, or (first bit set) a big-endian number as GNU tar writes beyond 8 GiB."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    try:
-        value = int(field.split(b"\0", 1)[0].strip() or b"0", 8)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise corrupt("a size is not a number")
-    return value
-
-
-def _pax_size(pax: dict[str, str], size: int) -> int:
-    if "size" not in pax:
-        return size
-    if not (pax["size"].isascii() and pax["size"].isdigit() and len(pax["size"]) < 20):
-        raise corrupt("a size is not a number")
-    return int(pax["size"])
-
-
-def _pax(content: bytes) -> dict[str, str]:
-    """Records of the form `length key=value newline`, the length counting itself."""
-    values: dict[str, str] = {}
-    at = 0
-    while at < len(content) and content[at : at + 1] != b"\0":
-        space = content.find(b" ", at, at + 8)
-        if space < 0 or not content[at:space].isdigit():
-            raise corrupt("an extended header")
-        end = at + int(content[at:space])
-        key, equals, value = content[space + 1 : end - 1].partition(b"=")
-        if end <= space or end > len(content) or not equals:
-            raise corrupt("an extended header")
-        values[_text(key)] = _text(value)
-        at = end
-    return values
-
-
-def _ustar_name(header: bytes) -> str:
-    name = header[:100].split(b"\0", 1)[0]
-    prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
-    return _text(prefix + b"/" + name if prefix else name)
-
-
-def _text(raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return raw.decode("latin-1")
+            if piece := decoder.decompress(packed, size):
+                yield piece
+            packed = b""
+        packed = decoder.unused_data

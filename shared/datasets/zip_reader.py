@@ -1,157 +1,79 @@
-"""Zip entries one at a time, straight from the central directory (APPNOTE.TXT 6.3).
-
-The standard library's ZipFile builds an object per entry before it gives out the first: a hostile directory of a few
-hundred megabytes takes gigabytes. This reader holds one entry, whatever the archive's size.
-"""
+"""Zip entries through `zipfile`. It makes an object of every entry before it gives out the first, nearly a kilobyte of
+memory each, so their number is limited before that."""
 
 import stat
-import struct
+import zipfile
 import zlib
 from collections.abc import Iterator
 from functools import partial
-from typing import BinaryIO, Final
+from io import BufferedReader
+from pathlib import Path
+from typing import Final
 
-from shared.datasets.entries import Entry, Kind
-from shared.datasets.limits import Meter, corrupt, truncated
+from shared.datasets.entries import Entry, Kind, decoded
+from shared.datasets.limits import MIB, BadArchive, Meter, corrupt, truncated
 from shared.errors import InvalidInput
 
-_END: Final = struct.Struct("<4s4H2LH")
-_END64: Final = struct.Struct("<4sQ2H2L4Q")
-_LOCATOR64: Final = struct.Struct("<4sLQL")
-_CENTRAL: Final = struct.Struct("<4s4B4HL2L5H2L")
-_LOCAL: Final = struct.Struct("<4s2B4HL2L2H")
-_SATURATED: Final = 0xFFFFFFFF
-_STORED, _DEFLATED = 0, 8
-_ENCRYPTED_FLAGS: Final = 0x41  # bit 0: encrypted, bit 6: strong encryption
-_UTF8_FLAG: Final = 0x800
+_MAX_DIRECTORY: Final = 128 * MIB  # a million entries with names of 50 characters
+_RECORD: Final = b"PK\x01\x02"  # how every entry's record in the directory begins
+_ENCRYPTED: Final = 0x41  # bit 0: encrypted, bit 6: strong encryption
+_UTF8: Final = 0x800
 
 
-def entries(file: BinaryIO, length: int, meter: Meter) -> Iterator[Entry]:
+def entries(path: Path, meter: Meter) -> Iterator[Entry]:
     """Raises BadArchive where the directory itself is unusable."""
-    offset, size = _directory(file, length)
-    end = offset + size
-    if end > length:
-        raise truncated()
-    while offset < end:
-        file.seek(offset)  # reading an entry's content moves the file
-        header = file.read(_CENTRAL.size)
-        if len(header) < _CENTRAL.size or header[:4] != b"PK\x01\x02":
-            raise corrupt("its directory")
-        fields = _CENTRAL.unpack(header)
-        made_by, flags, method = fields[2], fields[5], fields[6]
-        checksum, packed, unpacked = fields[9], fields[10], fields[11]
-        name_size, extra_size, comment_size = fields[12:15]
-        attributes, start = fields[17], fields[18]
-        name = file.read(name_size)
-        extra = file.read(extra_size)
-        if len(extra) < extra_size:
-            raise corrupt("its directory")
-        unpacked, packed, start = _zip64(extra, unpacked, packed, start)
-        meter.entry()
-        kind = _kind(name, made_by, attributes, flags, method)
-        reader = partial(_read, file, length, start, packed, unpacked, checksum, method, meter)
-        yield Entry(_decode(name, flags), kind, unpacked, reader)
-        offset += _CENTRAL.size + name_size + extra_size + comment_size
+    size = path.stat().st_size
+    with path.open("rb", buffering=0) as raw, _Guarded(raw) as file:
+        try:
+            if not zipfile.is_zipfile(file):
+                raise truncated()
+            file.meter = meter
+            archive = zipfile.ZipFile(file)
+            file.meter = None
+        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+            raise corrupt("its directory") from error
+        for info in archive.infolist():
+            name = info.orig_filename  # `filename` ends at a NUL
+            if not info.flag_bits & _UTF8:
+                name = decoded(name, "cp437")
+            yield Entry(name, _kind(info), info.file_size, partial(_read, archive, info, size, meter))
 
 
-def _directory(file: BinaryIO, length: int) -> tuple[int, int]:
-    """Offset and size of the central directory."""
-    tail_at = max(0, length - _END.size - 0xFFFF)
-    file.seek(tail_at)
-    tail = file.read()
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or at + _END.size > len(tail):
-        raise truncated()
-    _, disk, _, _, _, size, offset, _ = _END.unpack_from(tail, at)
-    locator_at = tail_at + at - _LOCATOR64.size
-    if locator_at >= 0:
-        file.seek(locator_at)
-        magic, _, end64_at, _ = _LOCATOR64.unpack(file.read(_LOCATOR64.size))
-        if magic == b"PK\x06\x07":
-            file.seek(min(end64_at, length))
-            record = file.read(_END64.size)
-            if len(record) < _END64.size or record[:4] != b"PK\x06\x06":
-                raise corrupt("its 64-bit directory record")
-            fields = _END64.unpack(record)
-            disk, size, offset = fields[4], fields[8], fields[9]
-    if disk:
-        raise corrupt("it is one part of several; join the parts")
-    return offset, size
+class _Guarded(BufferedReader):
+    """While it has a meter, counts the entries in what zipfile reads of the directory, and stops it at the limits."""
+
+    meter: Meter | None = None
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if not self.meter or not size or size < 0:  # without a size zipfile only looks for the end record
+            return super().read(size)
+        if size > _MAX_DIRECTORY:
+            raise BadArchive("The archive's directory is too long. Split the data set.", code="too_many_entries")
+        data = super().read(size)
+        self.meter.entries(data.count(_RECORD))
+        return data
 
 
-def _zip64(extra: bytes, unpacked: int, packed: int, start: int) -> tuple[int, int, int]:
-    """64-bit values replace, in this order, exactly those fields that are saturated."""
-    at = 0
-    while at + 4 <= len(extra):
-        tag, size = struct.unpack_from("<2H", extra, at)
-        if tag == 1:
-            values = list(struct.unpack_from(f"<{min(size, len(extra) - at - 4) // 8}Q", extra, at + 4))
-            wide = [values.pop(0) if v == _SATURATED and values else v for v in (unpacked, packed, start)]
-            return wide[0], wide[1], wide[2]
-        at += 4 + size
-    return unpacked, packed, start
-
-
-def _kind(name: bytes, made_by: int, attributes: int, flags: int, method: int) -> Kind:
-    mode = attributes >> 16
+def _kind(info: zipfile.ZipInfo) -> Kind:
+    mode = info.external_attr >> 16
     if stat.S_ISLNK(mode):
         return "link"
-    if name.endswith(b"/") or stat.S_ISDIR(mode):
+    if info.orig_filename.endswith("/") or stat.S_ISDIR(mode):
         return "directory"
-    if stat.S_IFMT(mode) not in (0, stat.S_IFREG) and made_by == 3:  # 3: Unix, only there the bits mean this
+    if stat.S_IFMT(mode) not in (0, stat.S_IFREG) and info.create_system == 3:  # 3: Unix, only there the bits mean this
         return "special"
-    if flags & _ENCRYPTED_FLAGS or method == 99:
+    if info.flag_bits & _ENCRYPTED or info.compress_type == 99:
         return "encrypted"
-    return "file" if method in (_STORED, _DEFLATED) else "unsupported"
+    return "file" if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else "unsupported"
 
 
-def _decode(name: bytes, flags: int) -> str:
-    # Many packers write UTF-8 without saying so; what is not valid UTF-8 is the format's original code page.
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, archive_size: int, meter: Meter, limit: int) -> bytes:
+    wanted = min(info.file_size, limit) + 1
+    meter.unpacked(wanted - 1)  # zipfile inflates no more, whatever the data holds
     try:
-        return name.decode("utf-8")
-    except UnicodeDecodeError:
-        return name.decode("utf-8" if flags & _UTF8_FLAG else "cp437", "replace")
-
-
-def _read(
-    file: BinaryIO,
-    length: int,
-    start: int,
-    packed: int,
-    unpacked: int,
-    checksum: int,
-    method: int,
-    meter: Meter,
-    limit: int,
-) -> bytes:
-    if start + _LOCAL.size > length:
-        raise _damaged()
-    file.seek(start)
-    local = _LOCAL.unpack(file.read(_LOCAL.size))
-    if local[0] != b"PK\x03\x04":
-        raise _damaged()
-    start += _LOCAL.size + local[-2] + local[-1]
-    if start + packed > length:
-        raise _damaged()
-    file.seek(start)
-    # Deflate adds at most 5 bytes per 16 KiB block, so more input than this cannot be a file within the limit.
-    raw = file.read(min(packed, limit + limit // 1024 + 1024))
-    if method == _STORED:
-        data, whole = raw[: limit + 1], True
-    else:
-        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-        try:
-            data = inflater.decompress(raw, limit + 1)
-        except zlib.error as error:
-            raise _damaged() from error
-        whole = inflater.eof
-    meter.unpacked(len(data))
-    if len(data) > limit:
-        return data
-    if not whole or len(data) != unpacked or zlib.crc32(data) != checksum:
-        raise _damaged()
-    return data
-
-
-def _damaged() -> InvalidInput:
-    return InvalidInput("The file is damaged inside the archive; pack it again.", code="corrupt_file")
+        if not 0 <= info.header_offset < archive_size:
+            raise zipfile.BadZipFile("outside of the archive")
+        with archive.open(info) as file:
+            return file.read(wanted)
+    except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError, ValueError) as error:
+        raise InvalidInput("The file is damaged inside the archive; pack it again.", code="corrupt_file") from error
