@@ -36,7 +36,7 @@ def find(url: str | None = None, api_key: str | None = None, state_dir: Path | N
         saved = Connection.model_validate(json.loads(path.read_text()))
     except FileNotFoundError:
         raise ConnectionNotFound(
-            f"no server is known: start one with 'captune up', or set CAPTUNE_URL and CAPTUNE_API_KEY (there is no {path})"
+            f"no server is known: start one with 'captune up', or set CAPTUNE_URL and CAPTUNE_API_KEY (no {path})"
         ) from None
     except (OSError, ValueError) as error:
         raise ConnectionNotFound(f"{path} cannot be read ({error}); start the server again to rewrite it") from None
