@@ -111,7 +111,7 @@ def main() -> None:
                 say(f"left running: {stack.url} with API key {stack.api_key}")
             else:
                 stack.down()
-    assert keep or not run("podman", "ps", "--all", "--quiet", "--filter", "name=captune-check")
+        assert keep or not run("podman", "ps", "--all", "--quiet", "--filter", "name=captune-check")
     say("passed")
 
 

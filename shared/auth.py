@@ -85,6 +85,13 @@ def require(scope: Scope) -> Callable[[Principal], Principal]:
     return dependency
 
 
+def admit_upload(request: Request) -> None:
+    """The check that a writing route makes, for before its body is read. Raises Unauthorized or Forbidden."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    sent = HTTPAuthorizationCredentials(scheme=scheme, credentials=key) if scheme.lower() == "bearer" and key else None
+    require("write")(authenticate(request, sent))
+
+
 Reader = Annotated[Principal, Depends(require("read"))]
 Writer = Annotated[Principal, Depends(require("write"))]
 Admin = Annotated[Principal, Depends(require("admin"))]

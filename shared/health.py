@@ -1,10 +1,12 @@
 """`/healthz` (the process answers), `/readyz` (database, queue, store, model), `/metrics` (Prometheus)."""
 
+from math import nan
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from prometheus_client import CONTENT_TYPE_LATEST, Gauge, Histogram, generate_latest
+from redis import RedisError
 
 from shared.queue import KINDS
 
@@ -37,6 +39,10 @@ async def readyz(request: Request, response: Response) -> dict[str, Any]:
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
 def metrics(request: Request) -> Response:
     queue = request.app.state.core.queue
-    for kind in KINDS:
-        QUEUE_DEPTH.labels(kind).set(queue.depth(kind))
+    try:
+        depths = {kind: float(queue.depth(kind)) for kind in KINDS}
+    except RedisError:  # an outage must not take the other metrics along
+        depths = dict.fromkeys(KINDS, nan)
+    for kind, depth in depths.items():
+        QUEUE_DEPTH.labels(kind).set(depth)
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from shared.db.models import IdempotencyKey
+from shared.db.models import IdempotencyKey, Job
 from shared.errors import Conflict, InvalidInput
 
 
 def once(session: Session, owner: str, key: str | None, request: str, create: Callable[[], str]) -> str:
     """The id that `create` returned for this (owner, key), now or before. `request` stands for what was asked: the
-    route and the body. The same key with another request is refused (422), a request still in flight too (409)."""
+    route and the body. The same key with another request is refused (422); so are a request still in flight and a
+    resource that was deleted since (409)."""
     if key is None:
         return create()
     lock = int.from_bytes(hashlib.sha256(f"{owner}\0{key}".encode()).digest()[:8], signed=True)
@@ -29,6 +30,12 @@ def once(session: Session, owner: str, key: str | None, request: str, create: Ca
         raise InvalidInput(
             "this Idempotency-Key was used for another request; use a new key for a new request",
             code="idempotency_key_reused",
+            param="Idempotency-Key",
+        )
+    if session.get(Job, row.resource_id) is None:
+        raise Conflict(
+            f"this Idempotency-Key made {row.resource_id}, which was deleted since; use a new key for a new request",
+            code="resource_deleted",
             param="Idempotency-Key",
         )
     return row.resource_id

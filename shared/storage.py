@@ -119,11 +119,15 @@ class Store:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f"{target.name}.{uuid4().hex}.part"
-        shutil.copytree(source, temporary)
-        for file in temporary.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        os.replace(temporary, target)
+        try:
+            shutil.copytree(source, temporary)
+            for file in temporary.iterdir():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
     @contextmanager
     def local_folder(self, key: str) -> Iterator[Path]:

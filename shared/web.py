@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import OperationalError
@@ -15,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shared import health
+from shared.auth import admit_upload
 from shared.core import Core
 from shared.errors import CaptuneError, TooLarge
 from shared.ids import new_id
@@ -68,8 +70,8 @@ def create_api(
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(OperationalError, _database_error)
     app.add_exception_handler(Exception, _unexpected)
-    app.add_middleware(RequestLog)
     app.add_middleware(BodyLimit, json_bytes=core.settings.max_json_bytes, upload_bytes=core.settings.max_upload_bytes)
+    app.add_middleware(RequestLog)  # the outermost, so that a refused body is logged and counted too
     return app
 
 
@@ -103,8 +105,11 @@ async def _validation_error(_: Request, error: Exception) -> Response:
 
 async def _http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-    detail = "there is nothing at this address; see /docs for what there is" if code == "not_found" else error.detail
+    code = {400: "unreadable_body", 404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    detail = {
+        "unreadable_body": f"{error.detail}: it must arrive whole, as JSON in UTF-8 or as form data; send it again",
+        "not_found": "there is nothing at this address; see /docs for what there is",
+    }.get(code, error.detail)
     return problem(error.status_code, error.detail, detail, code, dict(error.headers or {}))
 
 
@@ -125,7 +130,7 @@ def accepted(response: Response, location: str, retry_after: int = 1) -> None:
 
 
 class BodyLimit:
-    """Counts a request's bytes as they arrive, whatever Content-Length says."""
+    """Counts a request's bytes as they arrive, whatever Content-Length says; takes uploads from key holders only."""
 
     def __init__(self, app: ASGIApp, json_bytes: int, upload_bytes: int) -> None:
         self.app, self.json_bytes, self.upload_bytes = app, json_bytes, upload_bytes
@@ -135,11 +140,18 @@ class BodyLimit:
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
         limit = self.upload_bytes if scope["path"] == UPLOAD_PATH else self.json_bytes
+        if scope["path"] == UPLOAD_PATH and scope["method"] == "POST":
+            try:  # here already: the framework spools a form to disk before it runs a route's own checks
+                await run_in_threadpool(admit_upload, Request(scope))
+            except CaptuneError as refused:
+                return await from_error(refused)(scope, receive, send)
+            except OperationalError as down:
+                return await (await _database_error(Request(scope), down))(scope, receive, send)
         error = TooLarge(f"the request's body is over the limit of {limit} bytes", code="body_too_large")
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
             return await from_error(error)(scope, receive, send)
-        seen = 0
+        seen, started = 0, False
 
         async def counted() -> Message:
             nonlocal seen
@@ -149,7 +161,21 @@ class BodyLimit:
                 raise error
             return message
 
-        await self.app(scope, counted, send)
+        async def unless_refused(message: Message) -> None:
+            nonlocal started
+            if seen <= limit or started:  # FastAPI answers 400 to whatever is raised while it reads a body
+                started = True
+                await send(message)
+
+        await self.app(scope, counted, unless_refused)
+        if seen > limit and not started:
+            await from_error(error)(scope, receive, send)
+
+
+def _template(scope: Scope) -> str:
+    """`/v1/datasets/{id}`. The route itself knows only its own router's part of it; FastAPI keeps the whole apart."""
+    whole = scope.get("fastapi", {}).get("effective_route_context")
+    return str(getattr(whole or scope.get("route"), "path", "unmatched"))
 
 
 class RequestLog:
@@ -174,7 +200,7 @@ class RequestLog:
             await self.app(scope, receive, tagged)
         finally:
             seconds = time.perf_counter() - began
-            route = getattr(scope.get("route"), "path", "unmatched")
+            route = _template(scope)
             health.REQUESTS.labels(scope["method"], route, str(status)).observe(seconds)
             if route not in health.QUIET:
                 fields = {"request_id": request_id, "method": scope["method"], "path": scope["path"]}

@@ -13,7 +13,7 @@ from shared.auth import Principal, Reader, Writer
 from shared.datasets.archive import sniff
 from shared.datasets.lookup import get_dataset, usable_dataset
 from shared.db.models import FINAL, Caption, CaptionJobItem, Dataset, Image, Job
-from shared.errors import CaptuneError, Conflict, NotFound
+from shared.errors import Conflict, NotFound
 from shared.ids import new_id
 from shared.jobs import ledger
 from shared.jobs.routes import get_job, job_routes
@@ -61,26 +61,19 @@ def create_dataset(
     }
     dataset_id = new_id("ds")
     archive_key = f"uploads/{dataset_id}"
-    core.store.put_file(archive_key, file.file)
 
     def create(session: Session) -> str:
+        core.store.put_file(archive_key, file.file)
         ledger.create(session, id=dataset_id, kind="ingest", owner=who.owner, request=fields, dataset_id=dataset_id)
         session.add(Dataset(id=dataset_id, owner=who.owner, archive_key=archive_key, **fields))
         session.flush()
         return dataset_id
 
-    try:
-        with core.transaction() as session:
-            request = "POST /datasets " + json.dumps(fields, sort_keys=True)
-            found = idempotency.once(session, who.owner, idempotency_key, request, lambda: create(session))
-            accepted(response, f"/v1/datasets/{found}")
-            answer = render_dataset(session, session.get_one(Job, found))
-    except CaptuneError:  # refused: no row names the archive
-        core.store.delete(archive_key)
-        raise
-    if found != dataset_id:
-        core.store.delete(archive_key)
-    return answer
+    with core.transaction() as session:
+        request = "POST /datasets " + json.dumps(fields, sort_keys=True)
+        found = idempotency.once(session, who.owner, idempotency_key, request, lambda: create(session))
+        accepted(response, f"/v1/datasets/{found}")
+        return render_dataset(session, session.get_one(Job, found))
 
 
 def _digest(file: Any) -> tuple[str, int]:

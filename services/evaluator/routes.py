@@ -55,7 +55,7 @@ def _submit(session: Session, who: Principal, body: schema.EvaluationRequest) ->
             f"there is no classifier '{body.classifier_id}' among yours; GET /v1/classifiers lists them",
             param="classifier_id",
         )
-    get_dataset(session, who, classifier.dataset_id)
+    get_dataset(session, who, classifier.dataset_id, lock=True)
     job = ledger.create(
         session,
         id=new_id("eval"),

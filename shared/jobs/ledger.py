@@ -25,11 +25,17 @@ def create(
     return job
 
 
-def claim(session: Session, job_id: str, worker: str, lease_seconds: float) -> Job | None:
-    """Take a queued job, raising its attempt number, or None where there is nothing to take (done, taken, not due)."""
+def claim(session: Session, job_id: str, kind: str, worker: str, lease_seconds: float) -> Job | None:
+    """Take a queued job, raising its attempt number, or None where there is nothing to take: it is done, taken, not
+    due, or of another kind than the worker's."""
     row = session.scalar(
         update(Job)
-        .where(Job.id == job_id, Job.status == "queued", func.coalesce(Job.run_after, func.now()) <= func.now())
+        .where(
+            Job.id == job_id,
+            Job.kind == kind,
+            Job.status == "queued",
+            func.coalesce(Job.run_after, func.now()) <= func.now(),
+        )
         .values(
             status="running",
             attempt=Job.attempt + 1,
@@ -92,7 +98,11 @@ def pause(job: Job, session: Session) -> None:
 
 
 def give_back(job: Job, session: Session, reason: str, *, delay_seconds: float = 0.0, failed: bool = False) -> None:
-    """Queue the job again: after a stop, or (`failed`) after an error that may pass."""
+    """Queue the job again: after a stop, or (`failed`) after an error that may pass. A pause asked for meanwhile is
+    honoured instead."""
+    if job.pause_requested:
+        job.failures += failed
+        return pause(job, session)
     job.status, job.lease_until, job.queued_at = "queued", None, func.now()
     if failed:
         job.failures += 1
@@ -111,9 +121,6 @@ def lapse(job: Job, session: Session, max_failures: int) -> None:
     elif job.failures + 1 >= max_failures:
         job.failures += 1
         finish(job, session, "failed", error=worker_lost(job.failures))
-    elif job.pause_requested:
-        job.failures += 1
-        pause(job, session)
     else:
         give_back(job, session, f"attempt {job.attempt} lost its worker; queued again", failed=True)
 

@@ -93,7 +93,7 @@ def job_routes(kind: str, prefix: str, render: Callable[[Session, Job], R], mode
                 change(session, job)
                 session.flush()
                 session.refresh(job)
-                accepted(response, f"{prefix}/{id}")
+                accepted(response, f"/v1{prefix}/{id}")
                 return render(session, job)
 
     action("cancel", ledger.request_cancel, "End it: at once where it waits, at its next step where it runs")

@@ -49,15 +49,15 @@ def load_task(kind: str) -> Task:
 
 
 class Runner:
-    """Claims a job, does it, and writes its next state."""
+    """Claims jobs of one kind, does them, and writes their next state."""
 
-    def __init__(self, core: Core, name: str) -> None:
-        self.core, self.name = core, name
+    def __init__(self, core: Core, kind: str, name: str) -> None:
+        self.core, self.kind, self.name = core, kind, name
         self.stopping = threading.Event()
 
     def run(self, job_id: str) -> None:
         with self.core.transaction() as session:
-            job = ledger.claim(session, job_id, self.name, self.core.settings.lease_seconds)
+            job = ledger.claim(session, job_id, self.kind, self.name, self.core.settings.lease_seconds)
         if job is None:
             log.info("nothing to claim", extra={"job_id": job_id})
             return
@@ -146,7 +146,7 @@ def main(kind: str) -> None:
     settings = CoreSettings()
     configure(settings.log_level)
     core = Core.from_settings(settings, pool_size=4)
-    runner = Runner(core, name=f"{socket.gethostname()}:{os.getpid()}")
+    runner = Runner(core, kind, name=f"{socket.gethostname()}:{os.getpid()}")
     job_class = _job_class(runner)
     queue = Queue(kind, connection=core.queue.redis, serializer=JSONSerializer, job_class=job_class)
     worker = _Worker(

@@ -1,0 +1,226 @@
+"""Rows as the services leave them behind, so that a test need not run what came before."""
+
+import io
+import zipfile
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from PIL import Image as Picture
+
+from shared.core import Core
+from shared.db.models import (
+    Caption,
+    CaptionJobItem,
+    Checkpoint,
+    Classifier,
+    Dataset,
+    Image,
+    Job,
+    JobEvent,
+    Score,
+)
+from shared.ids import new_id
+from shared.jobs import ledger
+
+PREFIX = {"ingest": "ds", "caption": "cap", "fine_tune": "ft", "evaluate": "eval"}
+FINGERPRINT = "f" * 64
+
+
+def png(shade: int = 0) -> bytes:
+    out = io.BytesIO()
+    Picture.new("RGB", (16, 16), (shade, 255 - shade, 7)).save(out, "PNG")
+    return out.getvalue()
+
+
+def archive(classes: Sequence[str] = ("cat", "dog"), per_class: int = 6) -> bytes:
+    """A zip of `class/file`, every picture different."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as packed:
+        for i, name in enumerate(classes):
+            for j in range(per_class):
+                packed.writestr(f"{name}/{j}.png", png(i * per_class + j))
+    return out.getvalue()
+
+
+def add_job(
+    core: Core,
+    kind: str = "caption",
+    *,
+    owner: str = "anna",
+    request: dict[str, Any] | None = None,
+    dataset_id: str | None = None,
+    **columns: Any,
+) -> str:
+    """A job through `ledger.create`, then changed as asked; a queued one is on Redis's list, as after any request."""
+    id = new_id(PREFIX[kind])
+    with core.transaction() as session:
+        job = ledger.create(
+            session, id=id, kind=kind, owner=owner, request=request or {}, dataset_id=dataset_id or new_id("ds")
+        )
+        for name, value in columns.items():
+            setattr(job, name, value)
+        if job.status != "queued":
+            session.info["queued"] = []
+    return id
+
+
+def add_dataset(core: Core, owner: str = "anna", *, status: str = "succeeded", images: int = 0, **columns: Any) -> str:
+    """An ingested data set with the classes cat and dog; `images` of each class in train."""
+    id = new_id("ds")
+    with core.transaction() as session:
+        session.add(Job(id=id, kind="ingest", owner=owner, dataset_id=id, status=status, request={}))
+        session.flush()
+        values = {
+            "name": "pets",
+            "domain": "pets",
+            "archive_key": f"uploads/{id}",
+            "archive_sha256": "0" * 64,
+            "archive_bytes": 1,
+            "split_seed": 0,
+            "val_fraction": 0.1,
+            "test_fraction": 0.2,
+            "classes": [{"name": name, "display_name": name} for name in ("cat", "dog")],
+            "fingerprint": FINGERPRINT,
+        }
+        session.add(Dataset(id=id, owner=owner, **values | columns))
+        session.flush()
+        for i in range(2 * images):
+            session.add(image_row(core, id, owner, i))
+    return id
+
+
+def image_row(core: Core, dataset_id: str, owner: str, number: int) -> Image:
+    data = png(number)
+    name = ("cat", "dog")[number % 2]
+    return Image(
+        id=new_id("img"),
+        owner=owner,
+        dataset_id=dataset_id,
+        path=f"{name}/{number}.png",
+        class_name=name,
+        split="train",
+        sha256=core.store.put_blob(data),
+        media_type="image/png",
+        width=16,
+        height=16,
+        bytes=len(data),
+    )
+
+
+def caption_request(dataset_id: str, split: str = "train") -> dict[str, Any]:
+    return {"dataset_id": dataset_id, "split": split}
+
+
+def add_caption(core: Core, image: Image, job_id: str, text: str = "a soft coat", key: str = "k") -> str:
+    id = new_id("txt")
+    with core.transaction() as session:
+        session.add(
+            Caption(
+                id=id,
+                owner=image.owner,
+                dataset_id=image.dataset_id,
+                image_id=image.id,
+                key=key,
+                characteristic="visual",
+                text=text,
+                provenance={"engine": "attributes"},
+            )
+        )
+        session.flush()
+        session.add(CaptionJobItem(job_id=job_id, caption_id=id))
+    return id
+
+
+def fine_tune_request(dataset_id: str, **changes: Any) -> dict[str, Any]:
+    """What the trainer's API stores for a job."""
+    base: dict[str, Any] = {
+        "model": "starter",
+        "dataset_id": dataset_id,
+        "caption_job_id": None,
+        "method": {"type": "flyp", "hyperparameters": {}},
+        "shots": None,
+        "shot_seed": 0,
+        "seed": 0,
+        "validation": "full",
+        "suffix": None,
+        "metadata": {},
+    }
+    return base | changes
+
+
+def add_classifier(
+    core: Core,
+    dataset_id: str,
+    scores: Mapping[str, float] | None = None,
+    *,
+    owner: str = "anna",
+    split: str = "test",
+    **columns: Any,
+) -> str:
+    """A classifier with its fine-tuning job and, where there are scores, its evaluation."""
+    request = fine_tune_request(dataset_id)
+    job_id = add_job(core, "fine_tune", owner=owner, request=request, dataset_id=dataset_id, status="succeeded")
+    id = new_id("clf")
+    values = {
+        "model": "starter",
+        "method": "flyp",
+        "hyperparameters": {"epochs": 1},
+        "shot_seed": 0,
+        "seed": 0,
+        "protocol": "full",
+        "data_fingerprint": FINGERPRINT,
+        "storage_key": f"classifiers/{id}",
+        "details": {"train_seconds": 2.0},
+    }
+    with core.transaction() as session:
+        session.add(Classifier(id=id, owner=owner, job_id=job_id, dataset_id=dataset_id, **values | columns))
+    if scores:
+        evaluation = add_job(
+            core,
+            "evaluate",
+            owner=owner,
+            request={"classifier_id": id, "split": split},
+            dataset_id=dataset_id,
+            status="succeeded",
+        )
+        with core.transaction() as session:
+            for metric, value in scores.items():
+                session.add(Score(classifier_id=id, split=split, metric=metric, value=value, evaluation_id=evaluation))
+    return id
+
+
+def add_checkpoint(core: Core, job_id: str, step: int = 1) -> str:
+    id = new_id("ckpt")
+    with core.transaction() as session:
+        session.add(Checkpoint(id=id, job_id=job_id, kind="resume", step=step, epoch=1, storage_key="k", metrics={}))
+    return id
+
+
+def read_job(core: Core, job_id: str) -> Job:
+    with core.transaction() as session:
+        return session.get_one(Job, job_id)
+
+
+def change_job(core: Core, job_id: str, **columns: Any) -> None:
+    """What time or an accident would do."""
+    with core.transaction() as session:
+        job = session.get_one(Job, job_id)
+        for name, value in columns.items():
+            setattr(job, name, value)
+
+
+def events_of(core: Core, job_id: str) -> list[JobEvent]:
+    with core.transaction() as session:
+        rows = session.query(JobEvent).where(JobEvent.job_id == job_id).order_by(JobEvent.seq)
+        return list(rows)
+
+
+def types_of(core: Core, job_id: str) -> list[str]:
+    """Event types in order; that the numbers have no gap is checked on the way."""
+    events = events_of(core, job_id)
+    assert [event.seq for event in events] == list(range(1, len(events) + 1))
+    return [event.type for event in events]
+
+
+LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)

@@ -1,0 +1,168 @@
+import io
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from shared.errors import NotFound
+from shared.storage import Store, sha256
+from tests.integration.conftest import ROOT
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Store:
+    return Store(f"file://{tmp_path}/store")
+
+
+@pytest.fixture(params=["file", "memory"])
+def store(request: pytest.FixtureRequest, local: Store) -> Store:
+    """On a disk, and on an object store, where a key is no path (`memory://` stands for `s3://`)."""
+    return local if request.param == "file" else Store(f"memory://{uuid4().hex}")
+
+
+def files(store: Store) -> list[str]:
+    root = Path(store.root)
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+def test_a_blob_is_stored_under_its_hash_and_once(local: Store) -> None:
+    data = b"the bytes of a picture"
+    digest = local.put_blob(data)
+    assert digest == sha256(data)
+    assert files(local) == [f"blobs/{digest[:2]}/{digest}"]
+    path = Path(local.root) / files(local)[0]
+    written = path.stat().st_mtime_ns
+    assert local.put_blob(data) == digest
+    assert path.stat().st_mtime_ns == written, "written again"
+    assert local.read_blob(digest) == data
+
+
+def test_many_may_store_the_same_blob_at_once(local: Store) -> None:
+    data = os.urandom(300_000)
+    with ThreadPoolExecutor(8) as pool:
+        digests = set(pool.map(local.put_blob, [data] * 16))
+    assert digests == {sha256(data)}
+    assert files(local) == [local.blob_key(sha256(data))]
+    assert local.read_blob(sha256(data)) == data
+
+
+def test_what_is_put_is_read(store: Store, tmp_path: Path) -> None:
+    digest = store.put_blob(b"blob")
+    assert store.read_blob(digest) == b"blob"
+    store.put_bytes("a/b", b"one")
+    store.put_bytes("a/b", b"two")
+    assert store.read_bytes("a/b") == b"two"
+    store.put_file("uploads/x", io.BytesIO(b"streamed"))
+    with store.local_file("uploads/x") as path:
+        assert path.read_bytes() == b"streamed"
+    source = tmp_path / "model"
+    source.mkdir()
+    (source / "weights").write_bytes(b"w")
+    (source / "config").write_bytes(b"c")
+    store.put_folder("classifiers/clf_1", source)
+    with store.local_folder("classifiers/clf_1") as folder:
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"weights": b"w", "config": b"c"}
+    store.delete("classifiers/clf_1")
+    assert not store.exists("classifiers/clf_1")
+    store.delete("classifiers/clf_1")  # gone already
+    store.check()
+
+
+def test_what_is_missing_is_named(store: Store) -> None:
+    with pytest.raises(NotFound, match="no/such"):
+        store.read_bytes("no/such")
+    with pytest.raises(NotFound), store.local_file("no/such"):
+        pass
+    with pytest.raises(NotFound), store.local_folder("no/such"):
+        pass
+
+
+@pytest.mark.parametrize("key", ["../x", "a/../../x", "a/..", "/etc/passwd", "", ".."])
+def test_a_key_that_leaves_the_store_is_refused(store: Store, key: str, tmp_path: Path) -> None:
+    for call in (store.read_bytes, store.exists, store.delete):
+        with pytest.raises(ValueError, match="bad storage key"):
+            call(key)
+    with pytest.raises(ValueError, match="bad storage key"):
+        store.put_bytes(key, b"x")
+    with pytest.raises(ValueError, match="bad storage key"):
+        store.put_folder(key, tmp_path)
+
+
+class Breaking(io.BytesIO):
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.tell():
+            raise OSError("the connection broke")
+        return super().read(1000)
+
+
+def test_a_write_that_fails_leaves_nothing(local: Store) -> None:
+    with pytest.raises(OSError, match="broke"):
+        local.put_file("uploads/x", Breaking(b"x" * 5000))
+    assert not local.exists("uploads/x")
+    assert files(local) == []
+
+
+def test_a_write_that_fails_keeps_what_was_there(local: Store) -> None:
+    local.put_bytes("uploads/x", b"whole")
+    with pytest.raises(OSError, match="broke"):
+        local.put_file("uploads/x", Breaking(b"x" * 5000))
+    assert local.read_bytes("uploads/x") == b"whole"
+
+
+def test_a_folder_that_could_not_be_written_leaves_nothing(
+    local: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    (source / "weights").write_bytes(b"w")
+
+    def full(_: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        local.put_folder("classifiers/x", source)
+    assert not local.exists("classifiers/x")
+    assert files(local) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from shared.storage import Store
+store = Store(sys.argv[1])
+class Source:
+    calls = 0
+    def read(self, size):
+        self.calls += 1
+        if self.calls == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return b"x" * 100_000
+store.put_bytes("before", b"ok")
+if sys.argv[2] == "file":
+    store.put_file("uploads/x", Source())
+else:
+    os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+    store.put_folder("classifiers/x", Path(sys.argv[3]))
+"""
+
+
+@pytest.mark.parametrize(("what", "key"), [("file", "uploads/x"), ("folder", "classifiers/x")])
+def test_a_process_killed_in_the_middle_leaves_no_visible_object(
+    local: Store, tmp_path: Path, what: str, key: str
+) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    (source / "weights").write_bytes(b"w" * 1000)
+    command = [sys.executable, "-c", KILLED, f"file://{local.root}", what, str(source)]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == -9
+    assert local.exists("before")
+    assert not local.exists(key)
+    with pytest.raises(NotFound):
+        local.read_bytes(key)
+    (local.put_file(key, io.BytesIO(b"y")) if what == "file" else local.put_folder(key, source))  # again works
+    assert local.exists(key)
