@@ -1,11 +1,12 @@
 """How often the `attributes` engine's tag is right: the gate's precision and coverage on labelled pictures.
 
-    python benchmarks/attributes_precision.py DIRECTORY [--limit 100] [--truth truth.json]
+    python benchmarks/attributes_precision.py [DIRECTORY] [--limit 100] [--truth truth.json]
 
-DIRECTORY holds class/picture. A tag is right if it shares a word with the class name, or if the class lists it: in
-TRUTH below (breeds and the classes of the sample data) or in --truth, {"class name": ["tag", ...]}. Prints, per class,
-what was tagged; then the whole at several thresholds; last one JSON line. The thresholds in
-services/captioner/attributes/tag.py were chosen with it; pictures that served to choose them flatter the result.
+DIRECTORY holds class/picture; the sample data where not given. A tag is right if it shares a word with the class name,
+or if the class lists it: in TRUTH below (breeds and the classes of the sample data) or in --truth, {"class name":
+["tag", ...]}. Prints, per class, what was tagged; then the whole at several thresholds; last one JSON line. The
+thresholds in services/captioner/attributes/tag.py were chosen with it; pictures that served to choose them flatter the
+result.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from PIL import Image, UnidentifiedImageError
 from services.captioner.attributes.measure import measure
 from services.captioner.attributes.tag import KINDS, NEVER, Tagger, central, whole
 from shared.templates import display_name
+
+SAMPLE = Path(__file__).resolve().parents[1] / "samples" / "clipart" / "train"
 
 BREEDS = {
     "cat": """abyssinian, bengal, birman, bombay, british shorthair, egyptian mau, maine coon, persian, ragdoll,
@@ -52,7 +55,7 @@ def is_right(tag: str, class_name: str, truth: dict[str, frozenset[str]]) -> boo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("directory", type=Path, nargs="?", default=SAMPLE)
     parser.add_argument("--limit", type=int, default=100, help="pictures per class")
     parser.add_argument("--truth", type=Path, help="JSON: class name -> tags that are right for it")
     options = parser.parse_args()

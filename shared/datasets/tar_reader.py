@@ -133,7 +133,8 @@ def _pieces(file: BinaryIO, compression: str, size: int) -> Iterator[bytes]:
         return _xz_pieces(file, size)
     stream: BinaryIO | gzip.GzipFile | bz2.BZ2File = file
     if compression:
-        stream = gzip.GzipFile(fileobj=file) if compression == "gz" else bz2.BZ2File(file)
+        # Told to read: it would take the mode of `file`, and an upload's temporary file is open for writing too.
+        stream = gzip.GzipFile(fileobj=file, mode="rb") if compression == "gz" else bz2.BZ2File(file)
     return iter(lambda: stream.read(size), b"")
 
 
