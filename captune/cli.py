@@ -222,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--state-dir", type=Path, default=None, help=f"of the local server ({default_state_dir()})")
     common.add_argument("--json", action="store_true", help="print JSON")
 
-    top = argparse.ArgumentParser(prog="captune", description=__doc__.split(":")[0] if __doc__ else None)
+    top = argparse.ArgumentParser(prog="captune", description="From labelled images to a better CLIP classifier.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def command(group: Any, name: str, run: Command, help: str) -> argparse.ArgumentParser:
