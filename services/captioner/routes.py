@@ -8,7 +8,6 @@ from fastapi import APIRouter, File, Form, Query, Response, UploadFile
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shared import idempotency
 from shared.auth import Principal, Reader, Writer
 from shared.datasets.archive import sniff
 from shared.datasets.lookup import get_dataset, usable_dataset
@@ -16,12 +15,12 @@ from shared.db.models import FINAL, Caption, CaptionJobItem, Dataset, Image, Job
 from shared.errors import Conflict, NotFound
 from shared.ids import new_id
 from shared.jobs import ledger
-from shared.jobs.routes import get_job, job_routes
+from shared.jobs.routes import SubmissionDep, get_job, job_routes
 from shared.paging import page
 from shared.schemas import captions as caption_schema
 from shared.schemas import common
 from shared.schemas import datasets as schema
-from shared.web import After, CoreDep, IdempotencyKey, Limit, accepted
+from shared.web import After, CoreDep, Limit
 
 router = APIRouter(prefix="/v1", tags=["captioner"])
 
@@ -34,9 +33,7 @@ def render_dataset(session: Session, job: Job) -> schema.Dataset:
 
 @router.post("/datasets", status_code=202, response_model=schema.Dataset, summary="Upload labelled images")
 def create_dataset(
-    response: Response,
-    core: CoreDep,
-    who: Writer,
+    submission: SubmissionDep,
     file: Annotated[
         UploadFile,
         File(description="zip or tar of `class/file`, `split/class/file`, or images with `metadata.csv|jsonl`"),
@@ -46,7 +43,6 @@ def create_dataset(
     split_seed: Annotated[int, Form(ge=0, lt=2**31)] = 0,
     val_fraction: Annotated[float, Form(ge=0, le=0.5, description="of train, where the data has no val split")] = 0.1,
     test_fraction: Annotated[float, Form(gt=0, le=0.5, description="where the data has no test split")] = 0.2,
-    idempotency_key: IdempotencyKey = None,
 ) -> Any:
     sniff(file.file)
     digest, size = _digest(file.file)
@@ -63,17 +59,14 @@ def create_dataset(
     archive_key = f"uploads/{dataset_id}"
 
     def create(session: Session) -> str:
-        core.store.put_file(archive_key, file.file)
-        ledger.create(session, id=dataset_id, kind="ingest", owner=who.owner, request=fields, dataset_id=dataset_id)
-        session.add(Dataset(id=dataset_id, owner=who.owner, archive_key=archive_key, **fields))
+        submission.core.store.put_file(archive_key, file.file)
+        owner = submission.who.owner
+        ledger.create(session, id=dataset_id, kind="ingest", owner=owner, request=fields, dataset_id=dataset_id)
+        session.add(Dataset(id=dataset_id, owner=owner, archive_key=archive_key, **fields))
         session.flush()
         return dataset_id
 
-    with core.transaction() as session:
-        request = "POST /datasets " + json.dumps(fields, sort_keys=True)
-        found = idempotency.once(session, who.owner, idempotency_key, request, lambda: create(session))
-        accepted(response, f"/v1/datasets/{found}")
-        return render_dataset(session, session.get_one(Job, found))
+    return submission.accept(json.dumps(fields, sort_keys=True), create, render_dataset)
 
 
 def _digest(file: Any) -> tuple[str, int]:
@@ -149,18 +142,8 @@ def render_caption_job(_: Session, job: Job) -> caption_schema.CaptionJob:
 @router.post(
     "/caption_jobs", status_code=202, response_model=caption_schema.CaptionJob, summary="Caption a split of a data set"
 )
-def create_caption_job(
-    body: caption_schema.CaptionJobRequest,
-    response: Response,
-    core: CoreDep,
-    who: Writer,
-    idempotency_key: IdempotencyKey = None,
-) -> Any:
-    with core.transaction() as session:
-        request = "POST /caption_jobs " + body.model_dump_json()
-        job_id = idempotency.once(session, who.owner, idempotency_key, request, lambda: _submit(session, who, body))
-        accepted(response, f"/v1/caption_jobs/{job_id}")
-        return render_caption_job(session, session.get_one(Job, job_id))
+def create_caption_job(body: caption_schema.CaptionJobRequest, submission: SubmissionDep) -> Any:
+    return submission.accept(body.model_dump_json(), lambda s: _submit(s, submission.who, body), render_caption_job)
 
 
 def _submit(session: Session, who: Principal, body: caption_schema.CaptionJobRequest) -> str:

@@ -2,25 +2,24 @@
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query
 from fastapi.responses import PlainTextResponse
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from services.evaluator import leaderboard
-from shared import idempotency
-from shared.auth import Admin, Principal, Reader, Writer, create_key
+from shared.auth import Admin, Principal, Reader, create_key
 from shared.datasets.lookup import get_dataset
 from shared.db.models import ApiKey, Classifier, Job, Score
 from shared.errors import NotFound
 from shared.ids import new_id
 from shared.jobs import ledger
-from shared.jobs.routes import job_routes
+from shared.jobs.routes import SubmissionDep, job_routes
 from shared.paging import page
 from shared.schemas import common
 from shared.schemas import evaluations as schema
 from shared.schemas import keys as key_schema
-from shared.web import After, CoreDep, IdempotencyKey, Limit, accepted
+from shared.web import After, CoreDep, Limit
 
 router = APIRouter(prefix="/v1", tags=["evaluator"])
 
@@ -33,18 +32,8 @@ def render(session: Session, job: Job) -> schema.Evaluation:
 
 
 @router.post("/evaluations", status_code=202, response_model=schema.Evaluation, summary="Score a classifier on a split")
-def create_evaluation(
-    body: schema.EvaluationRequest,
-    response: Response,
-    core: CoreDep,
-    who: Writer,
-    idempotency_key: IdempotencyKey = None,
-) -> Any:
-    with core.transaction() as session:
-        request = "POST /evaluations " + body.model_dump_json()
-        job_id = idempotency.once(session, who.owner, idempotency_key, request, lambda: _submit(session, who, body))
-        accepted(response, f"/v1/evaluations/{job_id}")
-        return render(session, session.get_one(Job, job_id))
+def create_evaluation(body: schema.EvaluationRequest, submission: SubmissionDep) -> Any:
+    return submission.accept(body.model_dump_json(), lambda s: _submit(s, submission.who, body), render)
 
 
 def _submit(session: Session, who: Principal, body: schema.EvaluationRequest) -> str:

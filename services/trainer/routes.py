@@ -2,23 +2,22 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from services.trainer import methods
-from shared import idempotency
 from shared.auth import Principal, Reader, Writer
 from shared.datasets.lookup import usable_dataset
 from shared.db.models import FINAL, Checkpoint, Classifier, Dataset, Job
 from shared.errors import Conflict, InvalidInput, NotFound
 from shared.ids import new_id
 from shared.jobs import ledger
-from shared.jobs.routes import get_job, job_routes
+from shared.jobs.routes import SubmissionDep, get_job, job_routes
 from shared.paging import page
 from shared.schemas import common
 from shared.schemas import fine_tuning as schema
-from shared.web import After, CoreDep, IdempotencyKey, Limit, accepted
+from shared.web import After, CoreDep, Limit
 
 BASELINES = ("zero_shot", "zero_shot_ensemble")  # made once for each (data set, model), so that they are always ranked
 
@@ -40,18 +39,8 @@ def render(_: Session, job: Job) -> schema.FineTuningJob:
 @router.post(
     "/fine_tuning/jobs", status_code=202, response_model=schema.FineTuningJob, summary="Fine-tune CLIP on a data set"
 )
-def create_job(
-    body: schema.FineTuningRequest,
-    response: Response,
-    core: CoreDep,
-    who: Writer,
-    idempotency_key: IdempotencyKey = None,
-) -> Any:
-    with core.transaction() as session:
-        request = "POST /fine_tuning/jobs " + body.model_dump_json()
-        job_id = idempotency.once(session, who.owner, idempotency_key, request, lambda: _submit(session, who, body))
-        accepted(response, f"/v1/fine_tuning/jobs/{job_id}")
-        return render(session, session.get_one(Job, job_id))
+def create_job(body: schema.FineTuningRequest, submission: SubmissionDep) -> Any:
+    return submission.accept(body.model_dump_json(), lambda s: _submit(s, submission.who, body), render)
 
 
 def _submit(session: Session, who: Principal, body: schema.FineTuningRequest) -> str:

@@ -4,12 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from shared import idempotency
 from shared.auth import Principal, Reader, Writer
 from shared.core import Core
 from shared.db.models import FINAL, Job, JobEvent
@@ -17,7 +18,7 @@ from shared.errors import NotFound
 from shared.jobs import ledger
 from shared.paging import page
 from shared.schemas import common
-from shared.web import After, CoreDep, Limit, accepted
+from shared.web import After, CoreDep, IdempotencyKey, Limit, accepted
 
 R = TypeVar("R", bound=common.JobResource)
 SSE_POLL_SECONDS = 0.3
@@ -31,6 +32,32 @@ def get_job(session: Session, who: Principal, kind: str, job_id: str, *, lock: b
     if job is None:
         raise NotFound(f"there is no {NOUNS[kind]} '{job_id}' among yours; list them to see the ids", param="id")
     return job
+
+
+class Submission:
+    """A POST that makes a job: one transaction, idempotent, answered with 202 and where to look."""
+
+    def __init__(
+        self,
+        request: Request,
+        response: Response,
+        core: CoreDep,
+        who: Writer,
+        idempotency_key: IdempotencyKey = None,
+    ) -> None:
+        self.core, self.who = core, who
+        self._path, self._response, self._key = request.url.path, response, idempotency_key
+
+    def accept(self, asked: str, create: Callable[[Session], str], render: Callable[[Session, Job], R]) -> R:
+        """`asked`: the body as text, what a repeated Idempotency-Key is held to; `create` returns the job's id."""
+        with self.core.transaction() as session:
+            asked = f"POST {self._path} {asked}"
+            job_id = idempotency.once(session, self.who.owner, self._key, asked, lambda: create(session))
+            accepted(self._response, f"{self._path}/{job_id}")
+            return render(session, session.get_one(Job, job_id))
+
+
+SubmissionDep = Annotated[Submission, Depends()]
 
 
 def job_routes(kind: str, prefix: str, render: Callable[[Session, Job], R], model: type[R]) -> APIRouter:
