@@ -91,7 +91,7 @@ def delete_dataset(id: str, core: CoreDep, who: Writer) -> None:
         session.flush()
         for job in session.scalars(select(Job).where(Job.dataset_id == id, Job.kind.in_(("ingest", "caption")))):
             session.delete(job)
-        session.info["obsolete"] = [row.archive_key]
+        session.info.setdefault("obsolete", []).append(row.archive_key)
 
 
 router.include_router(job_routes("ingest", "/datasets", render_dataset, schema.Dataset))

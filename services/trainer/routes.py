@@ -203,4 +203,4 @@ def delete_classifier(id: str, core: CoreDep, who: Writer) -> None:
         if busy is not None:
             raise Conflict(f"{busy} is scoring this classifier; cancel it or wait", code="in_use", param="id")
         session.delete(row)
-        session.info["obsolete"] = [row.storage_key]
+        session.info.setdefault("obsolete", []).append(row.storage_key)

@@ -215,12 +215,12 @@ class _Saver:
         self.claim.event("training.epoch", f"epoch {report.epoch} of {report.epochs}{shown}", data)
 
     def _save(self, report: StepReport) -> None:
-        key = f"training/{self.claim.id}/{self.claim.attempt}-{report.step}"
+        key = f"training/{self.claim.id}-{self.claim.attempt}-{report.step}"
         with tempfile.TemporaryDirectory(prefix="captune-") as folder:
             report.snapshot(Path(folder))
             self.claim.core.store.put_folder(key, Path(folder))
         with self.claim.transaction() as session:
-            session.info["obsolete"] = drop_resume_checkpoints(session, self.claim.id)
+            ledger.drop_saved_states(session, self.claim.id)
             session.add(
                 Checkpoint(
                     id=new_id("ckpt"),
@@ -235,15 +235,6 @@ class _Saver:
         self.saved_at = time.monotonic()
 
 
-def drop_resume_checkpoints(session: Session, job_id: str) -> list[str]:
-    """Forget the saved states of a job; returns their store keys, to delete after the commit."""
-    rows = session.scalars(select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.kind == "resume")).all()
-    for row in rows:
-        session.delete(row)
-    session.flush()
-    return [row.storage_key for row in rows]
-
-
 def _finish(
     session: Session,
     claim: Claim,
@@ -254,7 +245,6 @@ def _finish(
     key: str,
     seconds: float,
 ) -> dict[str, Any]:
-    session.info["obsolete"] = drop_resume_checkpoints(session, claim.id)
     details = {
         "val_top1": result.val_top1,
         "best_epoch": result.best_epoch,

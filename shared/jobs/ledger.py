@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from shared.db.models import FINAL, Job, JobEvent
+from shared.db.models import FINAL, Checkpoint, Job, JobEvent
 from shared.errors import CaptuneError, Conflict
 from shared.jobs import LeaseLost
 
@@ -88,8 +88,18 @@ def finish(job: Job, session: Session, status: str, *, result: Any = None, error
         job.result = result
     if error is not None:
         job.error = {"code": error.code, "message": error.message, "param": error.param}
+    drop_saved_states(session, job.id)
     message = error.message if error is not None else f"the job {status}"
     add_event(session, job.id, f"job.{status}", message, level="error" if status == "failed" else "info")
+
+
+def drop_saved_states(session: Session, job_id: str) -> None:
+    """Forget what the job saved to go on from; the files are deleted after the commit."""
+    rows = session.scalars(select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.kind == "resume")).all()
+    for row in rows:
+        session.delete(row)
+    session.info.setdefault("obsolete", []).extend(row.storage_key for row in rows)
+    session.flush()
 
 
 def pause(job: Job, session: Session) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from shared.core import Core
-from shared.db.models import FINAL, Image, Job
+from shared.db.models import FINAL, Checkpoint, Image, Job
 from shared.errors import Conflict
 from shared.jobs import Cancelled, HandedBack, LeaseLost, Paused, ledger
 from shared.jobs.claim import Claim
@@ -368,3 +368,20 @@ def test_a_job_given_back_with_a_pause_pending_is_paused(core: Core, failed: boo
     job = act(core, claim.id, lambda session, job: ledger.give_back(job, session, "stopping", failed=failed))
     assert (job.status, job.pause_requested, job.failures) == ("paused", False, int(failed))
     assert act(core, claim.id, lambda session, job: ledger.resume(session, job)).status == "queued"
+
+
+@pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled"])
+def test_a_job_that_ends_leaves_no_saved_state(core: Core, end: str) -> None:
+    claim = held(core, add_job(core, "fine_tune"))
+    core.store.put_bytes("training/state", b"weights")
+    with claim.transaction() as session:
+        session.add(
+            Checkpoint(
+                id="c", job_id=claim.id, kind="resume", step=1, epoch=1, storage_key="training/state", metrics={}
+            )
+        )
+        session.add(Checkpoint(id="b", job_id=claim.id, kind="best", step=1, epoch=1, storage_key="kept", metrics={}))
+    act(core, claim.id, lambda session, job: ledger.finish(job, session, end))
+    assert not core.store.exists("training/state")
+    with core.transaction() as session:
+        assert session.scalars(select(Checkpoint.kind)).all() == ["best"]

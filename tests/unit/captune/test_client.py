@@ -1,0 +1,118 @@
+"""What the client does beyond sending requests: reading event streams, taking them up again, paging, errors."""
+
+import json
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+
+from captune import CaptuneAPIError, Client, client
+from shared.schemas.captions import CaptionJob
+from shared.schemas.common import JobEvent, Progress
+
+JOB = {
+    "id": "cap_1",
+    "status": "succeeded",
+    "created_at": 0,
+    "dataset_id": "ds_1",
+    "request": {"dataset_id": "ds_1"},
+}
+
+
+def event(seq: int) -> str:
+    data = {"seq": seq, "level": "info", "type": "job.started", "message": "…", "created_at": 0}
+    return f"id: {seq}\nevent: event\ndata: {json.dumps(data)}\n\n"
+
+
+PROGRESS = f"event: progress\ndata: {json.dumps({'stage': 'captioning', 'done': 1, 'total': 2})}\n\n"
+DONE = f"event: done\ndata: {json.dumps(JOB)}\n\n"
+
+
+def test_events_are_parsed_field_by_field() -> None:
+    text = 'id: 7\nevent: event\ndata: {"a":\ndata: 1}\n\n: a comment\n\nevent:event\ndata:{"a": 2}\n\ndata: 3\n\n'
+    assert list(client._sse(iter(text.split("\n")))) == [
+        ("event", "7", {"a": 1}),
+        ("event", None, {"a": 2}),
+        ("message", None, 3),
+    ]
+
+
+def test_an_event_that_is_cut_off_is_not_delivered() -> None:
+    assert list(client._sse(iter(["id: 1", "event: event", 'data: {"a": 1}']))) == []
+
+
+class Broken(httpx.SyncByteStream):
+    """A body whose connection breaks after `text`."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self.text.encode()
+        raise httpx.ReadError("connection reset")
+
+
+@pytest.fixture
+def connect(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[httpx.Request], httpx.Response]], Client]:
+    """A client whose server is a function."""
+    monkeypatch.setattr("captune.client.time.sleep", lambda _: None)
+
+    def made(answer: Callable[[httpx.Request], httpx.Response]) -> Client:
+        connected = Client("http://server", "key")
+        connected._http = httpx.Client(base_url="http://server", transport=httpx.MockTransport(answer))
+        return connected
+
+    return made
+
+
+Connect = Callable[[Callable[[httpx.Request], httpx.Response]], Client]
+
+
+def test_a_broken_stream_is_taken_up_where_it_broke(connect: Connect) -> None:
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.headers["Last-Event-ID"])
+        if len(asked) == 1:
+            return httpx.Response(200, stream=Broken(event(1) + PROGRESS + event(2)))
+        if len(asked) == 2:
+            raise httpx.ConnectError("the server restarts")
+        return httpx.Response(200, text=event(3) + DONE)
+
+    updates = list(connect(answer).watch("cap_1"))
+    assert asked == ["0", "2", "2"]
+    assert [u.seq if isinstance(u, JobEvent) else type(u) for u in updates] == [1, Progress, 2, 3, CaptionJob]
+
+
+def test_a_server_that_stays_away_is_given_up(connect: Connect) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("nobody there")
+
+    with pytest.raises(httpx.ConnectError):
+        list(connect(answer).watch("cap_1"))
+
+
+def test_lists_are_read_page_by_page(connect: Connect) -> None:
+    pages = {None: (["cap_3", "cap_2"], True), "cap_2": (["cap_1"], False)}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        ids, more = pages[request.url.params.get("after")]
+        assert request.url.params["dataset_id"] == "ds_1"
+        return httpx.Response(200, json={"data": [JOB | {"id": i} for i in ids], "has_more": more, "last_id": ids[-1]})
+
+    assert [job.id for job in connect(answer).jobs("cap", dataset_id="ds_1")] == ["cap_3", "cap_2", "cap_1"]
+
+
+def test_a_refusal_carries_the_servers_words(connect: Connect) -> None:
+    problem = {"title": "Conflict", "status": 409, "detail": "it is in use", "code": "in_use", "param": "id"}
+    with pytest.raises(CaptuneAPIError) as refused:
+        connect(lambda _: httpx.Response(409, json=problem)).delete_dataset("ds_1")
+    error = refused.value
+    assert (error.status, error.detail, error.code, error.param) == (409, "it is in use", "in_use", "id")
+    with pytest.raises(CaptuneAPIError, match="the server answered 502"):
+        connect(lambda _: httpx.Response(502, text="<html>bad gateway</html>")).methods()
+
+
+def test_an_id_of_no_job_is_told_without_asking() -> None:
+    with pytest.raises(ValueError, match=r"'clf_1' is no job id; they start with ds_, cap_, ft_, eval_"):
+        Client("http://server", "key").job("clf_1")
