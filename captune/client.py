@@ -52,7 +52,8 @@ class Client:
         found = connection.find(url, api_key, state_dir)
         self.url = found.url.rstrip("/")
         headers = {"Authorization": f"Bearer {found.api_key}"}
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
+        local = httpx.URL(self.url).host in ("127.0.0.1", "localhost", "::1")  # a proxy has no business there
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=not local)
 
     def __enter__(self) -> Self:
         return self
@@ -169,6 +170,8 @@ class Client:
                 with self._http.stream(
                     "GET", f"{path}/events", headers=headers, timeout=httpx.Timeout(60.0, read=60.0)
                 ) as response:
+                    if response.status_code in (502, 503, 504):  # a gateway whose server is being restarted
+                        raise httpx.RemoteProtocolError(f"the server answered {response.status_code}")
                     if not response.is_success:
                         response.read()
                         raise CaptuneAPIError.from_response(response)

@@ -26,9 +26,11 @@ def default_state_dir() -> Path:
 
 
 def find(url: str | None = None, api_key: str | None = None, state_dir: Path | None = None) -> Connection:
-    """Raises ConnectionNotFound, saying what to do."""
-    url = url or os.environ.get("CAPTUNE_URL")
-    api_key = api_key or os.environ.get("CAPTUNE_API_KEY")
+    """A `state_dir` named by the caller wins over the environment. The saved key is shown to the saved server only.
+    Raises ConnectionNotFound, saying what to do."""
+    if state_dir is None:
+        url = url or os.environ.get("CAPTUNE_URL")
+        api_key = api_key or os.environ.get("CAPTUNE_API_KEY")
     if url and api_key:
         return Connection(url=url, api_key=api_key)
     path = (state_dir or default_state_dir()) / FILE
@@ -40,4 +42,6 @@ def find(url: str | None = None, api_key: str | None = None, state_dir: Path | N
         ) from None
     except (OSError, ValueError) as error:
         raise ConnectionNotFound(f"{path} cannot be read ({error}); start the server again to rewrite it") from None
-    return Connection(url=url or saved.url, api_key=api_key or saved.api_key)
+    if url and url.rstrip("/") != saved.url.rstrip("/"):
+        raise ConnectionNotFound(f"no API key for {url}: set CAPTUNE_API_KEY (the one in {path} is of {saved.url})")
+    return Connection(url=saved.url, api_key=api_key or saved.api_key)

@@ -3,7 +3,7 @@
 import argparse
 import signal
 import sys
-import threading
+import time
 from pathlib import Path
 
 from captune.connection import default_state_dir
@@ -13,9 +13,7 @@ def up(args: argparse.Namespace) -> int:
     from services.embedded.stack import Stack
     from shared.errors import CaptuneError
 
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both raise KeyboardInterrupt, during the start too
     state_dir: Path = args.state_dir or default_state_dir()
     try:
         with Stack(state_dir, port=args.port, say=_say) as stack:
@@ -23,8 +21,17 @@ def up(args: argparse.Namespace) -> int:
             print(f"API key:        {stack.api_key}")
             print(f"State and logs: {stack.state_dir}")
             print("Stop with Ctrl-C.", flush=True)
-            stop.wait()
-            _say("stopping")
+            try:
+                while True:
+                    stack.check()
+                    time.sleep(1.0)
+            except KeyboardInterrupt:
+                for number in (signal.SIGINT, signal.SIGTERM):  # an impatient second one must not cut this short
+                    signal.signal(number, signal.SIG_IGN)
+                _say("stopping")
+    except KeyboardInterrupt:
+        _say("stopped before it was up")
+        return 130
     except CaptuneError as error:
         print(f"captune: {error.message}", file=sys.stderr)
         return 1

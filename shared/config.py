@@ -33,7 +33,7 @@ class CoreSettings(BaseSettings):
     lease_seconds: float = 30.0  # a worker that does not renew for this long has lost its job
     reconcile_seconds: float = 2.0
     requeue_after_seconds: float = 5.0  # a queued row unknown to Redis for this long is enqueued again
-    max_failures: int = 3  # crashes and unexpected errors before a job fails for good
+    max_failures: int = 5  # crashes and unexpected errors in a row, without progress, before a job fails for good
 
     model_cache: Path = Field(default_factory=_user_cache)  # downloaded weights, and the starter once it is built
     model_roots: list[Path] = []  # folders below which `model` may name a local directory

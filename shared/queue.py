@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 
 
 def connect(url: str) -> Redis:
-    return Redis.from_url(url, retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 2), socket_connect_timeout=3)
+    return Redis.from_url(
+        url, retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 2), socket_connect_timeout=3, socket_timeout=5
+    )
 
 
 def ledger_id(wake_up: str) -> str:

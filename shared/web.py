@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Respons
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, OperationalError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -69,6 +69,8 @@ def create_api(
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(OperationalError, _database_error)
+    app.add_exception_handler(DataError, _not_storable)
+    app.add_exception_handler(UnicodeEncodeError, _not_storable)
     app.add_exception_handler(Exception, _unexpected)
     app.add_middleware(BodyLimit, json_bytes=core.settings.max_json_bytes, upload_bytes=core.settings.max_upload_bytes)
     app.add_middleware(RequestLog)  # the outermost, so that a refused body is logged and counted too
@@ -117,6 +119,14 @@ async def _database_error(_: Request, error: Exception) -> Response:
     log.error("database unreachable", exc_info=error)
     detail = "the database does not answer; nothing was changed, try again"
     return problem(503, "Service unavailable", detail, "database_unavailable", {"Retry-After": "2"})
+
+
+async def _not_storable(_: Request, error: Exception) -> Response:
+    log.info("a value that cannot be stored", extra={"error": type(error).__name__})
+    detail = (
+        "a value holds what no text or number here may: a NUL character, half a surrogate pair, or too large a number"
+    )
+    return problem(422, "Invalid input", detail, "value_not_storable")
 
 
 async def _unexpected(_: Request, error: Exception) -> Response:

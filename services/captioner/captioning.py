@@ -58,7 +58,7 @@ def caption(claim: Claim) -> Finish:
                 claim.progress("captioning", start, len(images))
                 chunk = [wanted for image in images[start : start + CHUNK] for wanted in _wanted(image, request, model)]
                 todo = _missing(claim, chunk)
-                answers = list(pool.map(lambda w: _ask(claim, remote, request, w), todo))
+                answers = list(pool.map(lambda w: _ask(claim, remote, request, model, w), todo))
                 rows = [
                     _row(claim, model, request, w, answer)
                     for w, answer in zip(todo, answers, strict=True)
@@ -70,6 +70,7 @@ def caption(claim: Claim) -> Finish:
                         failures.append({"path": w.image.path, "code": answer.code, "message": answer.message})
                 with claim.transaction() as session:
                     _write(session, claim.id, chunk, rows)
+                    claim.advanced(session)
     claim.progress("captioning", len(images), len(images))
     return lambda session: _summary(session, claim, request, model, len(images), failed, failures[:KEPT_FAILURES])
 
@@ -98,7 +99,9 @@ def _missing(claim: Claim, chunk: Sequence[Wanted]) -> list[Wanted]:
     return [w for w in chunk if (w.image.id, w.key) not in have]
 
 
-def _ask(claim: Claim, remote: Captioner, request: CaptionJobRequest, wanted: Wanted) -> Reply | InvalidInput:
+def _ask(
+    claim: Claim, remote: Captioner, request: CaptionJobRequest, model: dict[str, Any], wanted: Wanted
+) -> Reply | InvalidInput:
     """A refusal of one image is an answer, not the end of the job."""
     metadata = {
         "class_name": display_name(wanted.image.class_name),
@@ -109,7 +112,13 @@ def _ask(claim: Claim, remote: Captioner, request: CaptionJobRequest, wanted: Wa
     data, media_type = _sendable(claim.core.store.read_blob(wanted.image.sha256), wanted.image.media_type)
     try:
         return remote.caption(
-            request.engine, data, media_type, wanted.prompt, metadata=metadata, **_generation(request)
+            request.engine,
+            model["revision"],
+            data,
+            media_type,
+            wanted.prompt,
+            metadata=metadata,
+            **_generation(request),
         )
     except InvalidInput as refused:
         return refused

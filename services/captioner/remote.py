@@ -11,6 +11,9 @@ import httpx
 
 from shared.errors import CaptuneError, InvalidInput, Unavailable
 
+REFUSALS = (400, 413, 422)  # of this very request; any other failure says something of the server
+LOADING_SECONDS = 1800.0  # a model of many gigabytes is downloaded once
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -22,14 +25,16 @@ class Reply:
 
 
 class Captioner:
-    """`check` is called before every try and may raise to stop. Transient failures (connection, 429, 5xx) are retried
-    with jitter, honouring Retry-After, for `patience` seconds; then `Unavailable`."""
+    """`check` is called before every try and may raise to stop. Failures that are not the request's own
+    (connection, 401, 404, 429, 5xx) are retried with jitter, honouring Retry-After, for `patience` seconds; then
+    `Unavailable`. Proxy settings are ignored: pictures go to the captioner and nowhere else."""
 
     def __init__(self, url: str, token: str, check: Callable[[], None], patience: float = 120.0) -> None:
         self._http = httpx.Client(
             base_url=url.rstrip("/") + "/v1",
             headers={"Authorization": f"Bearer {token}"},
             timeout=httpx.Timeout(300.0, connect=5.0),
+            trust_env=False,
             limits=httpx.Limits(max_connections=64),
         )
         self._check, self._patience = check, patience
@@ -41,9 +46,9 @@ class Captioner:
         self._http.close()
 
     def model(self, name: str) -> dict[str, Any]:
-        """What `/v1/models` says of a model: `{engine, revision, precision}`. Waits while it loads, within `patience`.
+        """What `/v1/models` says of a model: `{engine, revision, precision}`. Waits while it loads.
         Raises InvalidInput if it is not served."""
-        deadline = time.monotonic() + self._patience
+        deadline = time.monotonic() + LOADING_SECONDS
         while True:
             cards = {card["id"]: dict(card["captune"]) for card in self._send("GET", "/models").json()["data"]}
             if name not in cards:
@@ -59,13 +64,18 @@ class Captioner:
             self._check()
             time.sleep(1.0)
 
-    def caption(self, model: str, image: bytes, media_type: str, prompt: str, **options: Any) -> Reply:
-        """One caption. Raises a CaptuneError with the server's words where this request is refused for good."""
+    def caption(self, model: str, revision: str, image: bytes, media_type: str, prompt: str, **options: Any) -> Reply:
+        """One caption by this very revision of the model. Raises InvalidInput with the server's words where this
+        request is refused for good, Unavailable where another revision is served by now."""
         uri = f"data:{media_type};base64,{base64.b64encode(image).decode()}"
         content = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": prompt}]
         body = {"model": model, "messages": [{"role": "user", "content": content}], **options}
         began = time.perf_counter()
         answer = self._send("POST", "/chat/completions", json=body).json()
+        if answer["system_fingerprint"] != revision:
+            raise Unavailable(
+                f"the caption model '{model}' was replaced while the job ran; it starts over with the new one"
+            )
         choice, usage = answer["choices"][0], answer["usage"]
         return Reply(
             text=_storable(choice["message"]["content"] or ""),
@@ -87,7 +97,7 @@ class Captioner:
             else:
                 if response.is_success:
                     return response
-                if response.status_code != 429 and response.status_code < 500:
+                if response.status_code in REFUSALS:
                     raise _refused(response)
                 reason = f"answered {response.status_code}"
                 header = response.headers.get("Retry-After", "")

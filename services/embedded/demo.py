@@ -1,6 +1,7 @@
 """`captune demo`: the main job on the sample pictures, through the same HTTP API that users call. A second run finds
 what the first one made and does nothing twice."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -40,7 +41,8 @@ def run(state_dir: Path, port: int) -> int:
         evaluated = _scores(client, dataset)
         print(f"\n{tables.leaderboard(client.leaderboard(dataset.id))}\n")
         print(f'captions:     {client.url}/v1/datasets/{dataset.id}/captions   (e.g. "{_example(client, dataset)}")')
-        print(f"checkpoints:  {folder / 'store' / 'classifiers'}   ({len(jobs)} fine-tuned, {evaluated} scored)")
+        store = os.environ.get("STORAGE_URL", folder / "store")
+        print(f"checkpoints:  {store}/classifiers   ({len(jobs)} fine-tuned, {evaluated} scored)")
         print(f"API docs:     {client.url}/docs   (while the server runs: captune up --state-dir {folder})")
     print(f"done in {time.monotonic() - began:.0f} s")
     return 0
@@ -135,14 +137,12 @@ def _same(job: FineTuningJob, request: FineTuningRequest) -> bool:
 
 
 def _scores(client: Client, dataset: Dataset) -> int:
-    """Wait until every run of the data set is trained and scored, the zero-shot ones included."""
+    """Wait until every run of the data set is trained and scored, the zero-shot ones included; how many are scored."""
     for job in list(client.jobs("ft", dataset_id=dataset.id)):
         client.wait(job)
-    evaluations = list(client.jobs("eval", dataset_id=dataset.id))
     with ProgressBar("  scores") as bar:
-        for job in evaluations:
-            client.wait(job, bar)
-    return len(evaluations)
+        done = [client.wait(job, bar) for job in list(client.jobs("eval", dataset_id=dataset.id))]
+    return sum(job.status == "succeeded" for job in done)
 
 
 def _example(client: Client, dataset: Dataset) -> str:

@@ -19,7 +19,7 @@ import httpx
 from captune.connection import FILE as CONNECTION_FILE
 from services.embedded.lock import prepare_state_dir
 from services.embedded.processes import log_tail
-from services.embedded.servers import start_postgres, start_valkey
+from services.embedded.servers import Server, start_postgres, start_valkey
 from services.embedded.supervisor import Supervisor
 from shared.auth import KEY_PREFIX, ensure_key
 from shared.db.migrate import migrate
@@ -27,7 +27,8 @@ from shared.db.session import Database
 from shared.errors import Conflict, Unavailable
 from shared.queue import KINDS
 
-READY_SECONDS = 180.0  # the first start builds the starter model
+READY_SECONDS = 180.0
+MODEL_SECONDS = 60.0  # the default caption model needs about five
 OWNER = "local"
 
 
@@ -48,6 +49,7 @@ class Stack:
         self.state_dir = prepare_state_dir(state_dir)
         self._say = say
         self._undo = ExitStack()
+        self._servers: list[Server] = []
         try:
             self._start(port, env or {})
         except BaseException:
@@ -63,10 +65,12 @@ class Stack:
             if name not in given:
                 self._say(f"starting {'PostgreSQL' if name == 'DATABASE_URL' else 'Valkey'}")
                 server = start(self.state_dir)
+                self._servers.append(server)
                 self._undo.callback(server.stop)
                 env[name] = server.url
         env.setdefault("STORAGE_URL", given.get("STORAGE_URL", f"file://{self.state_dir / 'store'}"))
-        env.setdefault("CAPTUNE_SERVICE_TOKEN", secrets.token_urlsafe(32))  # of this run; held in memory only
+        # Of this run, and held in memory only, unless the operator names one.
+        env.setdefault("CAPTUNE_SERVICE_TOKEN", given.get("CAPTUNE_SERVICE_TOKEN") or secrets.token_urlsafe(32))
         env.setdefault("CAPTUNE_CAPTIONER_URL", given.get("CAPTUNE_CAPTIONER_URL", self.url))
         env.setdefault("PYTHONUNBUFFERED", "1")
         self.env = {**given, **env}
@@ -108,21 +112,33 @@ class Stack:
         os.replace(temporary, path)
 
     def _await_ready(self) -> None:
+        """Until everything answers. A caption model that takes longer (a download) goes on loading: its jobs wait."""
         self._say("starting the services and loading the caption model")
-        deadline = time.monotonic() + READY_SECONDS
+        began = time.monotonic()
         state = "no answer"
-        while time.monotonic() < deadline:
+        while time.monotonic() < began + READY_SECONDS:
+            self.check()
             try:
-                answer = httpx.get(f"{self.url}/readyz", timeout=5.0)
+                answer = httpx.get(f"{self.url}/readyz", timeout=5.0, trust_env=False)  # never through a proxy
             except httpx.TransportError:
                 time.sleep(0.2)
                 continue
             if answer.is_success:
                 return
             state = answer.text
+            waiting = {name for name, found in answer.json()["checks"].items() if found != "ok"}
+            if waiting == {"model"} and time.monotonic() > began + MODEL_SECONDS:
+                return self._say(f"the caption model is not ready yet, see {self.url}/readyz")
             time.sleep(0.2)
         log = self.state_dir / "logs" / "api.log"
         raise Unavailable(f"the API was not ready within {READY_SECONDS:.0f} s ({state}). {log} ends:\n{log_tail(log)}")
+
+    def check(self) -> None:
+        """Raises Unavailable where PostgreSQL or Valkey died: nothing can be done without them."""
+        for server in self._servers:
+            if server.poll() is not None:
+                log = self.state_dir / "logs" / f"{server.name}.log"
+                raise Unavailable(f"{server.name} has stopped; start Captune again. {log} ends:\n{log_tail(log)}")
 
     def stop(self) -> None:
         self._undo.close()

@@ -23,18 +23,21 @@ FEW_SEEDS = 3
 # Groups are keyed by `setting`: all that a user chose but the seeds. `untrained` runs have the protocol "zero_shot".
 _QUERY = text("""
 WITH runs AS (
-    SELECT c.id, c.protocol, c.method, c.model, c.captioner, c.shots, c.hyperparameters, c.suffix,
-           c.caption_job_id, (c.details->>'train_seconds')::float AS train_seconds,
-           jsonb_build_array(c.protocol, c.method, c.model, c.captioner, c.shots, c.hyperparameters, c.suffix)
-               AS setting
+    SELECT c.id, c.protocol, c.method, c.model, c.captioner, c.shots, c.hyperparameters, c.suffix, c.seed, c.shot_seed,
+           (c.details->>'train_seconds')::float AS train_seconds,
+           jsonb_build_array(c.protocol, c.method, c.model, c.captioner, c.shots, c.hyperparameters, c.suffix,
+                             c.details->'captions') AS setting
     FROM classifiers c
     WHERE c.dataset_id = :dataset_id AND c.data_fingerprint = :fingerprint AND (:admin OR c.owner = :owner)
       AND (CAST(:shots AS int) IS NULL OR c.shots = :shots OR c.protocol = 'zero_shot')
       AND (NOT :full_only OR c.shots IS NULL)
-), per_metric AS (
-    SELECT r.setting, s.metric, avg(s.value) AS mean, stddev_samp(s.value) / sqrt(count(*)) AS stderr, count(*) AS n
+), per_seed AS (  -- a run repeated with the same seeds is not one more observation
+    SELECT r.setting, r.seed, r.shot_seed, s.metric, avg(s.value) AS value
     FROM runs r JOIN scores s ON s.classifier_id = r.id AND s.split = :split
-    GROUP BY r.setting, s.metric
+    GROUP BY r.setting, r.seed, r.shot_seed, s.metric
+), per_metric AS (
+    SELECT setting, metric, avg(value) AS mean, stddev_samp(value) / sqrt(count(*)) AS stderr, count(*) AS n
+    FROM per_seed GROUP BY setting, metric
 ), metrics AS (
     SELECT setting, jsonb_object_agg(metric, mean) AS metrics FROM per_metric GROUP BY setting
 ), settings AS (
@@ -50,6 +53,7 @@ WITH runs AS (
     SELECT 'zero_shot' WHERE NOT EXISTS (SELECT 1 FROM settings WHERE protocol <> 'zero_shot')
 )
 SELECT p.protocol, g.method, g.model, g.captioner, g.shots, g.setting->5 AS hyperparameters, g.suffix,
+       nullif(g.setting->7, 'null') AS captions,
        m.n, m.mean, m.stderr, (m.n < :few_seeds AND g.protocol <> 'zero_shot') AS few_seeds,
        k.metrics, g.train_seconds, g.classifier_ids,
        rank() OVER (PARTITION BY p.protocol ORDER BY m.mean * :direction DESC) AS rank

@@ -25,7 +25,9 @@ router = APIRouter(prefix="/v1", tags=["evaluator"])
 
 
 def render(session: Session, job: Job) -> schema.Evaluation:
-    scores = session.execute(select(Score.metric, Score.value).where(Score.evaluation_id == job.id)).all()
+    of_this = (Score.classifier_id == job.request["classifier_id"], Score.split == job.request["split"])
+    done = job.status == "succeeded"
+    scores = session.execute(select(Score.metric, Score.value).where(*of_this)).all() if done else []
     life = common.JobResource.model_validate(job).model_dump()
     found = {metric: value for metric, value in scores} or None
     return schema.Evaluation(**life, dataset_id=job.dataset_id, **job.request, result=job.result, scores=found)
@@ -72,7 +74,7 @@ def read_leaderboard(
     metric: Annotated[str, Query(max_length=50)] = "top1",
     split: common.Split = "test",
     shots: Annotated[
-        Annotated[int, Query(ge=1)] | Literal["full"] | None, Query(description="a number, `full`, or all")
+        Annotated[int, Query(ge=1, lt=2**31)] | Literal["full"] | None, Query(description="a number, `full`, or all")
     ] = None,
     format: Literal["json", "csv"] = "json",
 ) -> Any:

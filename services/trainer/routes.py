@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from sqlalchemy import select
+from sqlalchemy import delete, or_, select
 from sqlalchemy.orm import Session
 
 from services.trainer import methods
@@ -112,11 +112,12 @@ def _ensure_baseline(session: Session, dataset: Dataset, model: str, method: str
     """Runs under the data set's row lock, so two submissions at once make one baseline."""
     exists = session.scalar(
         select(Job.id)
+        .outerjoin(Classifier, Classifier.job_id == Job.id)
         .where(
             Job.kind == "fine_tune",
             Job.dataset_id == dataset.id,
             Job.owner == dataset.owner,
-            Job.status.not_in(("failed", "cancelled")),
+            or_(Job.status.not_in(FINAL), Classifier.id.is_not(None)),
             Job.request["model"].astext == model,
             Job.request["method"]["type"].astext == method,
         )
@@ -202,5 +203,6 @@ def delete_classifier(id: str, core: CoreDep, who: Writer) -> None:
         )
         if busy is not None:
             raise Conflict(f"{busy} is scoring this classifier; cancel it or wait", code="in_use", param="id")
+        session.execute(delete(Checkpoint).where(Checkpoint.job_id == row.job_id))
         session.delete(row)
         session.info.setdefault("obsolete", []).append(row.storage_key)

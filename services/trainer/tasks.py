@@ -45,6 +45,7 @@ class _Sources:
     captions: dict[str, list[str]] = field(default_factory=dict)  # by image id
     captions_left_out: int = 0
     captioner: str | None = None
+    recipe: dict[str, Any] | None = None  # how the captions were asked for: it tells settings apart on the leaderboard
 
     @property
     def class_names(self) -> list[str]:
@@ -64,9 +65,8 @@ def fine_tune(claim: Claim) -> Finish:
     claim.progress("loading the model", 0, 1)
     core = claim.core.settings
     clip = _warm_clip(request.model, core.model_cache, tuple(core.model_roots))
-    began = time.monotonic()
-    data = _load(claim, clip, sources)
     saver = _Saver(claim, settings.checkpoint_seconds)
+    data = _load(claim, clip, sources)
     with saver.newest() as resume:
         result = train(
             clip,
@@ -78,7 +78,7 @@ def fine_tune(claim: Claim) -> Finish:
             on_epoch=saver.on_epoch,
             device=settings.device,
         )
-    seconds = round(time.monotonic() - began, 2)
+    seconds = saver.seconds
     claim.progress("saving", 0, 1)
     key = f"classifiers/{claim.id}/{claim.attempt}"
     with tempfile.TemporaryDirectory(prefix="captune-") as folder:
@@ -129,8 +129,9 @@ def _gather(session: Session, request: FineTuningRequest, method: Method) -> _So
                 found.captions_left_out += 1
             else:
                 found.captions.setdefault(image_id, []).append(text)
-        result = session.get_one(Job, request.caption_job_id).result or {}
-        found.captioner = result["captioner"]["revision"]
+        job = session.get_one(Job, request.caption_job_id)
+        found.captioner = (job.result or {})["captioner"]["revision"]
+        found.recipe = {name: job.request[name] for name in ("characteristics", "words", "domain", "temperature")}
     return found
 
 
@@ -175,7 +176,13 @@ class _Saver:
 
     def __init__(self, claim: Claim, every_seconds: float) -> None:
         self.claim, self.every_seconds = claim, every_seconds
-        self.saved_at = time.monotonic()
+        self.began = self.saved_at = time.monotonic()
+        self.seconds_before = 0.0  # of the attempts that this one goes on from
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the run so far, what an interrupted attempt did after its last save left out."""
+        return round(self.seconds_before + time.monotonic() - self.began, 2)
 
     @contextmanager
     def newest(self) -> Iterator[Path | None]:
@@ -186,6 +193,7 @@ class _Saver:
         if row is None:
             yield None
             return
+        self.seconds_before = float(row.metrics["seconds"])
         self.claim.event("training.resumed", f"going on from step {row.step}", {"step": row.step, "epoch": row.epoch})
         with self.claim.core.store.local_folder(row.storage_key) as folder:
             yield folder
@@ -221,6 +229,7 @@ class _Saver:
             self.claim.core.store.put_folder(key, Path(folder))
         with self.claim.transaction() as session:
             ledger.drop_saved_states(session, self.claim.id)
+            self.claim.advanced(session)
             session.add(
                 Checkpoint(
                     id=new_id("ckpt"),
@@ -229,7 +238,7 @@ class _Saver:
                     step=report.step,
                     epoch=report.epoch,
                     storage_key=key,
-                    metrics={"loss": report.loss},
+                    metrics={"loss": report.loss, "seconds": self.seconds},
                 )
             )
         self.saved_at = time.monotonic()
@@ -254,6 +263,7 @@ def _finish(
         "trainable_parameters": result.trainable_parameters,
         "train_images": len(sources.train),
         "val_images": len(sources.val),
+        "captions": sources.recipe,
         "captions_used": sum(len(texts) for texts in sources.captions.values()),
         "captions_left_out": sources.captions_left_out,
         "fewer_shots": sources.fewer,

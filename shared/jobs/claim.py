@@ -3,11 +3,11 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from shared.core import Core
@@ -77,9 +77,21 @@ class Claim:
             ledger.fence(session, self.id, self.attempt)
             yield session
 
+    def _report(self, write: Callable[[Session], None]) -> None:
+        """Write what the work does not depend on: while the database is away it is skipped, and the heartbeat decides
+        whether the job is lost."""
+        try:
+            with self.transaction() as session:
+                write(session)
+        except OperationalError as error:
+            log.warning("a report was skipped", extra={"job_id": self.id, "error": str(error)})
+
+    def advanced(self, session: Session) -> None:
+        """This transaction keeps a step of the work: what failed before it counts no more."""
+        session.get_one(Job, self.id).failures = 0
+
     def event(self, type: str, message: str, data: dict[str, Any] | None = None, level: str = "info") -> None:
-        with self.transaction() as session:
-            ledger.add_event(session, self.id, type, message, data, level)
+        self._report(lambda session: ledger.add_event(session, self.id, type, message, data, level))
 
     def progress(self, stage: str, done: int, total: int, **extra: Any) -> None:
         """Record how far the job is; written at most twice a second. `eta_seconds` is for the stage."""
@@ -92,11 +104,5 @@ class Claim:
         _, began, first = self._stage
         rate = (done - first) / (now - began) if now > began else 0.0
         eta = round((total - done) / rate, 1) if rate else None
-        with self.transaction() as session:
-            session.get_one(Job, self.id).progress = {
-                "stage": stage,
-                "done": done,
-                "total": total,
-                "eta_seconds": eta,
-                **extra,
-            }
+        progress = {"stage": stage, "done": done, "total": total, "eta_seconds": eta, **extra}
+        self._report(lambda session: setattr(session.get_one(Job, self.id), "progress", progress))

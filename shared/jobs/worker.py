@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 Finish = Callable[[Session], dict[str, Any]]
 Task = Callable[[Claim], Finish]
 
+FIRST_DELAY = 5.0  # seconds before a failed attempt is repeated; four times as long after each further failure
+
 TASKS = {
     "ingest": "services.captioner.ingest:ingest",
     "caption": "services.captioner.captioning:caption",
@@ -85,10 +87,10 @@ class Runner:
                 job = session.get_one(Job, claim.id)
                 if isinstance(interrupt, Cancelled) or job.cancel_requested:
                     ledger.finish(job, session, "cancelled")
-                elif isinstance(interrupt, Paused):
+                elif isinstance(interrupt, Paused) and job.pause_requested:
                     ledger.pause(job, session)
-                else:
-                    ledger.give_back(job, session, "the worker is stopping; another one goes on")
+                else:  # stopping, or resumed while it was being paused
+                    ledger.give_back(job, session, "the attempt was interrupted; another one goes on")
         except (TooBusy, Unavailable) as error:
             self._retry(claim, error)
         except CaptuneError as error:
@@ -108,7 +110,7 @@ class Runner:
                 job.failures += 1
                 ledger.finish(job, session, "failed", error=error)
             else:
-                delay = max(float(error.retry_after or 0), 2.0 ** (job.failures + 1))
+                delay = max(float(error.retry_after or 0), FIRST_DELAY * 4.0**job.failures)
                 reason = f"attempt {job.attempt} failed: {error.message} Trying again in {delay:.0f} s."
                 ledger.give_back(job, session, reason, delay_seconds=delay, failed=True)
 

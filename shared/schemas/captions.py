@@ -14,7 +14,9 @@ class CaptionJobRequest(Request):
     words: int = Field(default=50, ge=5, le=150, description="words asked for per caption")
     domain: str | None = Field(default=None, max_length=100, description="the data set's domain where not given")
     split: Split = Field(default="train", description="val and test images need no captions")
-    shots: int | None = Field(default=None, ge=1, description="only the few-shot subset a run with these shots uses")
+    shots: int | None = Field(
+        default=None, ge=1, lt=2**31, description="only the few-shot subset a run with these shots uses"
+    )
     shot_seed: int = Field(default=0, ge=0, lt=2**31)
     temperature: float = Field(default=0.2, ge=0.0, le=2.0)
     seed: int = Field(default=0, ge=0, lt=2**31)

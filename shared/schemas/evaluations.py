@@ -27,12 +27,13 @@ class LeaderboardRow(Resource):
     method: str
     model: str
     captioner: str | None
+    captions: dict[str, Any] | None = Field(description="how the captions were asked for")
     shots: int | None
     hyperparameters: dict[str, Any]
     suffix: str | None
-    n: int = Field(description="runs")
+    n: int = Field(description="runs that differ in a seed; a repeated run counts once")
     mean: float
-    stderr: float | None = Field(description="standard error of the mean over runs (ddof = 1); none for one run")
+    stderr: float | None = Field(description="standard error of the mean over seeds (ddof = 1); none for one run")
     few_seeds: bool = Field(description="fewer than 3 runs of a method with a seed: the interval means little")
     metrics: dict[str, float] = Field(description="mean of every metric")
     train_seconds: float | None

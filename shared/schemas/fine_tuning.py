@@ -19,7 +19,9 @@ class FineTuningRequest(Request):
     dataset_id: str
     caption_job_id: str | None = Field(default=None, description="needed by methods that train on captions")
     method: MethodSpec = MethodSpec()
-    shots: int | None = Field(default=None, ge=1, description="training images per class; all where not given")
+    shots: int | None = Field(
+        default=None, ge=1, lt=2**31, description="training images per class; all where not given"
+    )
     shot_seed: int = Field(default=0, ge=0, lt=2**31, description="which images are the shots")
     seed: int = Field(default=0, ge=0, lt=2**31, description="initialisation, order, augmentation, caption draws")
     validation: Validation = Field(

@@ -176,3 +176,11 @@ def test_the_methods_are_listed_with_their_ranges(api: Api) -> None:
     assert not methods["flyp"]["needs_captions"]
     assert not methods["zero_shot"]["trains"]
     assert methods["mmft"]["hyperparameters"]["properties"]["epochs"]["minimum"] == 1
+
+
+def test_a_baseline_whose_classifier_was_deleted_is_made_again(api: Api, core: Core, dataset_id: str) -> None:
+    submit(api, dataset_id=dataset_id, method={"type": "flyp"})
+    for job in jobs(core):
+        change_job(core, job.id, status="succeeded")  # and no classifier is left of it
+    submit(api, dataset_id=dataset_id, method={"type": "flyp"}, seed=1)
+    assert kinds(core) == {"flyp": 2, "zero_shot": 2, "zero_shot_ensemble": 2}

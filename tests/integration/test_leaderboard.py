@@ -46,6 +46,16 @@ def test_seeds_are_grouped_to_a_mean_with_its_standard_error(api: Api, core: Cor
     assert row["hyperparameters"] == {"epochs": 1}
 
 
+def test_a_repeated_seed_is_not_one_more_observation(api: Api, core: Core, dataset_id: str) -> None:
+    for value in (0.6, 0.7, 0.8):
+        add_classifier(core, dataset_id, {"top1": value}, seed=0)
+    add_classifier(core, dataset_id, {"top1": 0.9}, seed=1)
+    (row,) = board(api, dataset_id)
+    assert (row["n"], row["few_seeds"], len(row["classifier_ids"])) == (2, True, 4)
+    assert row["mean"] == pytest.approx(mean([0.7, 0.9]))
+    assert row["stderr"] == pytest.approx(stdev([0.7, 0.9]) / 2**0.5)
+
+
 def test_one_run_has_no_error_and_few_runs_are_marked(api: Api, core: Core, dataset_id: str) -> None:
     add_classifier(core, dataset_id, {"top1": 0.7})
     (row,) = board(api, dataset_id)
@@ -71,6 +81,7 @@ def test_a_zero_shot_row_needs_no_seeds(api: Api, core: Core, dataset_id: str) -
         {"shots": 4},
         {"hyperparameters": {"epochs": 2}},
         {"suffix": "b"},
+        {"details": {"train_seconds": 2.0, "captions": {"words": 10}}},
         {"protocol": "none"},
     ],
 )

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from rq import Queue
 from rq.serializers import JSONSerializer
-from sqlalchemy import select
+from sqlalchemy import create_engine, select
 from sqlalchemy.orm import Session
 
 from shared.core import Core
 from shared.db.models import Image, Job
 from shared.errors import InvalidInput, TooBusy, Unavailable
-from shared.jobs import Cancelled, HandedBack, ledger, worker
+from shared.jobs import Cancelled, HandedBack, Paused, ledger, worker
 from shared.jobs.claim import Claim
 from shared.jobs.worker import Runner, Task
 from tests.integration.factories import (
@@ -115,7 +115,7 @@ def test_an_unexpected_error_is_retried_with_back_off_and_then_given_up(
 ) -> None:
     set_task(raising(ZeroDivisionError("a secret of the server")))
     job_id = add_job(core)
-    for failures, delay in ((1, 2.0), (2, 4.0)):
+    for failures, delay in ((1, 5.0), (2, 20.0)):
         runner.run(job_id)
         job = read_job(core, job_id)
         assert (job.status, job.failures, job.attempt) == ("queued", failures, failures)
@@ -125,7 +125,7 @@ def test_an_unexpected_error_is_retried_with_back_off_and_then_given_up(
         change_job(core, job_id, run_after=LONG_AGO)
     runner.run(job_id)
     job = read_job(core, job_id)
-    assert (job.status, job.failures) == ("failed", 3)
+    assert (job.status, job.failures) == ("failed", core.settings.max_failures)
     assert job.error is not None
     assert job.error["code"] == "internal_error"
     assert "ZeroDivisionError" in job.error["message"]
@@ -135,7 +135,7 @@ def test_an_unexpected_error_is_retried_with_back_off_and_then_given_up(
 @pytest.mark.parametrize(
     ("error", "delay"),
     [
-        (Unavailable("the captioner does not answer."), 2.0),
+        (Unavailable("the captioner does not answer."), 5.0),
         (TooBusy("the captioner is busy.", retry_after=20), 20.0),
     ],
 )
@@ -311,3 +311,46 @@ def test_a_job_given_back_by_its_own_run_is_delivered_again(
     rq_worker.work(burst=True, logging_level="WARNING")
     job = read_job(core, job_id)
     assert (job.status, job.attempt) == ("succeeded", 2)
+
+
+def test_progress_wipes_the_failures_before_it(core: Core, runner: Runner, set_task: SetTask) -> None:
+    def task(claim: Claim) -> Any:
+        with claim.transaction() as session:
+            claim.advanced(session)
+        raise Unavailable("the captioner does not answer.")
+
+    set_task(task)
+    job_id = add_job(core)
+    change_job(core, job_id, failures=core.settings.max_failures - 1)
+    runner.run(job_id)
+    assert (read_job(core, job_id).status, read_job(core, job_id).failures) == ("queued", 1)
+
+
+def test_a_resume_during_a_pause_is_not_lost(core: Core, runner: Runner, set_task: SetTask) -> None:
+    """The user resumes while the worker still saves what it paused for."""
+
+    def task(claim: Claim) -> Any:
+        change_job(core, claim.id, pause_requested=False)  # what `resume` does to a running job
+        raise Paused(claim.id)
+
+    set_task(task)
+    job_id = add_job(core)
+    runner.run(job_id)
+    assert read_job(core, job_id).status == "queued"
+
+
+def test_a_report_that_cannot_be_written_does_not_end_the_work(
+    core: Core, runner: Runner, set_task: SetTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def task(claim: Claim) -> Any:
+        with monkeypatch.context() as away:
+            away.setattr(core.db, "engine", create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none"))
+            claim.progress("captioning", 1, 2)
+            claim.event("note", "while the database is away")
+        return done()
+
+    set_task(task)
+    job_id = add_job(core)
+    runner.run(job_id)
+    assert read_job(core, job_id).status == "succeeded"
+    assert "note" not in types_of(core, job_id)

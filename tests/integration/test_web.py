@@ -259,3 +259,19 @@ def test_each_service_is_an_app_of_its_own(
     with TestClient(create_app()) as alone:
         assert alone.get("/readyz").status_code == 200
         assert alone.get("/v1/datasets").status_code == 404, "another service's route"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("GET", "/v1/datasets/%00", None),
+        ("GET", "/v1/datasets?after=%00", None),
+        ("POST", "/v1/keys", {"owner": "a", "name": "nul \0"}),
+        ("GET", "/v1/leaderboard?dataset_id=ds_x&shots=99999999999", None),
+        ("POST", "/v1/fine_tuning/jobs", {"dataset_id": "ds_x", "shots": 3_000_000_000}),
+    ],
+)
+def test_what_the_database_cannot_hold_is_refused(api: Api, method: str, path: str, body: object) -> None:
+    answer = api.admin.request(method, path, json=body)
+    assert answer.status_code == 422, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"

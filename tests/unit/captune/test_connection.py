@@ -30,10 +30,25 @@ def test_the_file_is_last() -> None:
 
 
 def test_the_environment_goes_before_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CAPTUNE_URL", "http://env")
-    assert found() == ("http://env", "saved-key")
     monkeypatch.setenv("CAPTUNE_API_KEY", "env-key")
+    assert found() == ("http://saved", "env-key")
+    monkeypatch.setenv("CAPTUNE_URL", "http://env")
     assert found() == ("http://env", "env-key")
+
+
+def test_the_saved_key_is_shown_to_the_saved_server_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert found("http://saved/") == ("http://saved", "saved-key")
+    with pytest.raises(ConnectionNotFound, match="no API key for http://elsewhere"):
+        connection.find("http://elsewhere")
+    monkeypatch.setenv("CAPTUNE_URL", "http://elsewhere")
+    with pytest.raises(ConnectionNotFound, match="set CAPTUNE_API_KEY"):
+        connection.find()
+
+
+def test_a_named_state_directory_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch, saved: Path) -> None:
+    monkeypatch.setenv("CAPTUNE_URL", "http://production")
+    monkeypatch.setenv("CAPTUNE_API_KEY", "production-key")
+    assert found(state_dir=saved.parent) == ("http://saved", "saved-key")
 
 
 def test_arguments_go_before_everything(monkeypatch: pytest.MonkeyPatch) -> None:

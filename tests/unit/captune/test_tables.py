@@ -12,6 +12,7 @@ def row(**values: Any) -> LeaderboardRow:
         "protocol": "full",
         "method": "mmft",
         "model": "starter",
+        "captions": None,
         "captioner": None,
         "shots": 8,
         "hyperparameters": {},
