@@ -28,12 +28,13 @@ __all__ = [
     "LoadedClip",
     "encode_image",
     "encode_text",
+    "encode_tokens",
     "ensure_starter",
     "load_clip",
     "normalise",
     "preprocess_uint8",
     "save_clip",
-    "tokenize",
+    "trim_padding",
 ]
 
 log = logging.getLogger(__name__)
@@ -107,27 +108,32 @@ def normalise(images_uint8: Tensor, clip: LoadedClip) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
-def tokenize(clip: LoadedClip, texts: Sequence[str]) -> Tensor:
-    """-> (N, L) int64. With a Hugging Face text tower L is the batch's longest text, since that tower masks padding and
-    gives the same answer without it; otherwise L is the context length."""
-    tokens = clip.tokenizer(list(texts))
-    padding = getattr(getattr(clip.model, "text", None), "config", None)
-    if padding is None or padding.pad_token_id is None:
+def trim_padding(model: Any, tokens: Tensor) -> Tensor:
+    """(T, L) -> (T, at most L): without the columns that pad every row, where the text tower masks padding and so gives
+    the same embeddings: the Hugging Face towers. Theirs is the bulk of the work saved on short texts."""
+    pad = getattr(getattr(getattr(model, "text", None), "config", None), "pad_token_id", None)
+    if pad is None:
         return tokens
-    return tokens[:, : max(1, int((tokens != padding.pad_token_id).sum(1).max()))]
+    used = (tokens != pad).any(0).nonzero()
+    return tokens[:, : int(used[-1]) + 1]
 
 
 @torch.no_grad()
-def encode_text(clip: LoadedClip, texts: Sequence[str], batch: int = 128) -> Tensor:
+def encode_tokens(model: Any, tokens: Tensor, batch: int = 256) -> Tensor:
+    """(T, L) int64 -> (T, D) float32 on the CPU, rows of length 1, in the order given; computed in batches of like
+    length, which pad little."""
+    device = next(model.parameters()).device
+    order = (tokens != 0).sum(1).argsort()
+    parts = [
+        model.encode_text(trim_padding(model, tokens[rows]).to(device), normalize=True).float().cpu()
+        for rows in torch.split(order, batch)
+    ]
+    return torch.cat(parts)[order.argsort()]
+
+
+def encode_text(clip: LoadedClip, texts: Sequence[str], batch: int = 256) -> Tensor:
     """-> (N, D) float32 on the CPU, rows of length 1, in the order given."""
-    device = next(clip.model.parameters()).device
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # similar lengths together pad little
-    rows = torch.empty(len(texts), _embed_dim(clip))
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        tokens = tokenize(clip, [texts[index] for index in chosen]).to(device)
-        rows[chosen] = clip.model.encode_text(tokens, normalize=True).float().cpu()
-    return rows
+    return encode_tokens(clip.model, clip.tokenizer(list(texts)), batch)
 
 
 @torch.no_grad()

@@ -28,10 +28,10 @@ from services.trainer.optim import (
     freeze_batch_norm_statistics,
     prefer_channels_last,
 )
-from services.trainer.prototypes import class_prototypes, top1, trim_padding
+from services.trainer.prototypes import class_prototypes, top1
 from services.trainer.randomness import derived_seed, generator
 from services.trainer.state import read_state, write_state
-from shared.clip import LoadedClip, encode_image, normalise
+from shared.clip import LoadedClip, encode_image, normalise, trim_padding
 from shared.errors import InvalidInput
 
 
@@ -119,7 +119,7 @@ def _ignore(report: object) -> None:
 
 def _untrained(clip: LoadedClip, texts: RunTexts, data: TrainData, device: torch.device) -> TrainResult:
     start = time.perf_counter()
-    prototypes = class_prototypes(clip.model, texts.table, texts.prototype_rows, device)
+    prototypes = class_prototypes(clip.model, texts.table, texts.prototype_rows)
     val = top1(encode_image(clip, data.val_images), prototypes, data.val_labels) if len(data.val_labels) else None
     return TrainResult(
         model_state={k: v.detach().cpu() for k, v in clip.model.state_dict().items()},
@@ -255,7 +255,7 @@ class _Run:
 
     def _prototypes(self) -> Tensor:
         self.model.eval()
-        return class_prototypes(self.model, self.texts.table, self.texts.prototype_rows, self.device)
+        return class_prototypes(self.model, self.texts.table, self.texts.prototype_rows)
 
     def _best_val(self) -> float | None:
         return max(self.val_history, default=None)

@@ -18,7 +18,6 @@ class Texture:
     fineness: float  # energy of changes within 2 cells over those within 8: high = fine grain, low = broad patches
     coherence: float  # 0 = edges in all directions, 1 = all parallel
     angle: float  # direction of the edges' lines, degrees from horizontal, -90..90
-    entropy: float  # of the L* histogram, bits, 0..5
     period: float  # distance of a repeating pattern as a share of the longer side; 0 = none found
     dark: float  # share of distinctly dark spots on lighter surroundings
     light: float  # the reverse
@@ -39,7 +38,6 @@ def measure(lightness: Floats, mask: Mask) -> Texture:
     fine = float(((lightness - near)[inside] ** 2).mean())
     broad = float(((near - far)[inside] ** 2).mean())
     local = (near - far)[inside]
-    histogram = np.bincount((values / 100 * 31).clip(0, 31).astype(int), minlength=32) / len(values)
     return Texture(
         contrast=contrast,
         flat=float((slopes < 1.5).mean()),
@@ -48,7 +46,6 @@ def measure(lightness: Floats, mask: Mask) -> Texture:
         fineness=fine / max(fine + broad, 1e-6),
         coherence=coherence,
         angle=float((-(across + 90) + 90) % 180 - 90),
-        entropy=float(-(histogram * np.log2(np.maximum(histogram, 1e-12))).sum()),
         period=_period(lightness, inside),
         dark=float((local < -7).mean()),
         light=float((local > 7).mean()),

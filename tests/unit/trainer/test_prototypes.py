@@ -3,16 +3,14 @@ import torch.nn.functional as F
 
 from services.trainer.data import RunTexts
 from services.trainer.methods import build
-from services.trainer.prototypes import TextTable, class_prototypes, embed_texts, top1
+from services.trainer.prototypes import TextTable, class_prototypes, top1
 from services.trainer.randomness import generator
-from shared.clip import encode_text
-
-CPU = torch.device("cpu")
+from shared.clip import encode_text, encode_tokens
 
 
 def test_a_prototype_is_the_normalised_mean_over_every_caption_of_the_class(tiny, balls):
     texts = RunTexts(tiny, build("mmft", {}), balls)
-    ours = class_prototypes(tiny.model, texts.table, texts.prototype_rows, CPU)
+    ours = class_prototypes(tiny.model, texts.table, texts.prototype_rows)
     for c, name in enumerate(balls.class_names):
         captions = [
             f"a photo of a {name}. {caption}"
@@ -29,9 +27,9 @@ def test_embeddings_come_back_in_the_order_given(tiny):
     table = TextTable(tiny, texts + texts[:1])
     assert len(table.tokens) == 4  # each text once
     rows = table.rows([texts[2], texts[0]])
-    torch.testing.assert_close(
-        embed_texts(tiny.model, table.tokens[rows], CPU, batch=1), encode_text(tiny, [texts[2], texts[0]])
-    )
+    with torch.no_grad():
+        alone = [tiny.model.encode_text(tiny.tokenizer([texts[i]]), normalize=True)[0] for i in (2, 0)]
+    torch.testing.assert_close(encode_tokens(tiny.model, table.tokens[rows], batch=1), torch.stack(alone))
 
 
 def test_draws_are_even_over_an_images_own_texts(tiny, balls):
