@@ -42,6 +42,7 @@ def demo(args: argparse.Namespace) -> int:
     from services.embedded.demo import run
     from shared.errors import CaptuneError
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop what was started, as on Ctrl-C
     try:
         return run(args.state_dir or default_state_dir(), args.port)
     except CaptuneError as error:

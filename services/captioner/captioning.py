@@ -70,7 +70,8 @@ def caption(claim: Claim) -> Finish:
                         failures.append({"path": w.image.path, "code": answer.code, "message": answer.message})
                 with claim.transaction() as session:
                     _write(session, claim.id, chunk, rows)
-                    claim.advanced(session)
+                    if rows:  # walking over what is there already is no progress, or attempts would have no bound
+                        claim.advanced(session)
     claim.progress("captioning", len(images), len(images))
     return lambda session: _summary(session, claim, request, model, len(images), failed, failures[:KEPT_FAILURES])
 

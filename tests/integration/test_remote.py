@@ -7,10 +7,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from sqlalchemy import func, select
 
+from services.captioner import captioning
 from services.captioner.remote import Captioner
+from shared.core import Core
+from shared.db.models import Caption
 from shared.errors import InvalidInput, Unavailable
 from shared.jobs import Cancelled
+from shared.jobs.worker import Runner
+from shared.schemas.captions import CaptionJobRequest
+from tests.integration.factories import LONG_AGO, add_dataset, add_job, change_job, events_of, read_job
 
 Answer = tuple[int, Any]
 Serve = Callable[..., str]
@@ -111,3 +118,22 @@ def test_a_loading_model_is_waited_for_and_an_unknown_one_named(serve: Serve) ->
         assert remote.model("m")["precision"] == "nf4"
         with pytest.raises(InvalidInput, match="it serves: m"):
             remote.model("other")
+
+
+def test_attempts_that_write_no_caption_are_bounded(core: Core, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Walking over captions that an earlier attempt wrote is no progress: it must not wipe the failures."""
+    ok, replaced = completion("a red bird"), completion("a red bird", revision="r2")
+    url = serve(card(True), ok, ok, replaced, card(True), replaced)  # the third image never gets its caption
+    monkeypatch.setenv("CAPTUNE_CAPTIONER_URL", url)
+    monkeypatch.setenv("CAPTUNE_SERVICE_TOKEN", "token")
+    monkeypatch.setattr(captioning, "CHUNK", 1)
+    dataset_id = add_dataset(core, images=2)
+    request = CaptionJobRequest(dataset_id=dataset_id, engine="m", characteristics=["visual"], domain="pets")
+    job_id = add_job(core, "caption", request=request.model_dump(), dataset_id=dataset_id)
+    for failures in (1, 2):
+        Runner(core, "caption", "test").run(job_id)
+        job = read_job(core, job_id)
+        assert (job.status, job.failures) == ("queued", failures), events_of(core, job_id)[-1].message
+        with core.transaction() as session:
+            assert session.scalar(select(func.count()).select_from(Caption)) == 2
+        change_job(core, job_id, run_after=LONG_AGO)
