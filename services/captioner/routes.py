@@ -116,7 +116,7 @@ def list_images(
             query = query.where(Image.class_name == class_name)
         rows, more = page(session, query, Image.id, after, limit, ascending=True)
     data = [schema.Image.model_validate(row) for row in rows]
-    return common.Page(data=data, has_more=more, last_id=data[-1].id if data else None)
+    return common.Page.of(data, more)
 
 
 @router.get("/images/{id}/content", response_class=Response, summary="An image's bytes, as uploaded")
@@ -190,7 +190,7 @@ def list_captions(
         ids = {row.image_id for row in rows}
         images = {image.id: image for image in session.scalars(select(Image).where(Image.id.in_(ids)))}
     data = [_caption(row, images[row.image_id]) for row in rows]
-    return common.Page(data=data, has_more=more, last_id=data[-1].id if data else None)
+    return common.Page.of(data, more)
 
 
 def _caption(row: Caption, image: Image) -> caption_schema.Caption:

@@ -96,7 +96,7 @@ def list_keys(core: CoreDep, who: Admin, after: After = None, limit: Limit = 100
     with core.transaction() as session:
         rows, more = page(session, select(ApiKey), ApiKey.id, after, limit)
     data = [key_schema.Key.model_validate(row) for row in rows]
-    return common.Page(data=data, has_more=more, last_id=data[-1].id if data else None)
+    return common.Page.of(data, more)
 
 
 @router.delete("/keys/{id}", status_code=204, summary="Revoke an API key", tags=["keys"])

@@ -159,7 +159,7 @@ def list_checkpoints(id: str, core: CoreDep, who: Reader, after: After = None, l
         get_job(session, who, "fine_tune", id)
         rows, more = page(session, select(Checkpoint).where(Checkpoint.job_id == id), Checkpoint.id, after, limit)
     data = [schema.FineTuningCheckpoint.model_validate(row) for row in rows]
-    return common.Page(data=data, has_more=more, last_id=data[-1].id if data else None)
+    return common.Page.of(data, more)
 
 
 @router.get("/classifiers", response_model=common.Page[schema.Classifier], summary="What fine-tuning made")
@@ -176,7 +176,7 @@ def list_classifiers(
     with core.transaction() as session:
         rows, more = page(session, query, Classifier.id, after, limit)
     data = [schema.Classifier.model_validate(row) for row in rows]
-    return common.Page(data=data, has_more=more, last_id=data[-1].id if data else None)
+    return common.Page.of(data, more)
 
 
 def _classifier(session: Session, who: Principal, id: str) -> Classifier:

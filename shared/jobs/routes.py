@@ -81,7 +81,7 @@ def job_routes(kind: str, prefix: str, render: Callable[[Session, Job], R], mode
         with core.transaction() as session:
             rows, more = page(session, query, Job.id, after, limit)
             data = [render(session, row) for row in rows]
-        return common.Page(data=data, has_more=more, last_id=rows[-1].id if rows else None)
+        return common.Page.of(data, more)
 
     @router.get("/{id}", response_model=model, summary="One job")
     def show(id: str, core: CoreDep, who: Reader) -> Any:

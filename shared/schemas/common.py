@@ -1,7 +1,7 @@
 """Shapes every resource shares. pydantic only: the client imports these too."""
 
 from datetime import datetime
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -36,6 +36,11 @@ class Page(Resource, Generic[T]):
     data: list[T]
     has_more: bool
     last_id: str | None
+
+    @classmethod
+    def of(cls, data: list[Any], has_more: bool = False) -> Self:
+        """A page of resources that have an id."""
+        return cls(data=data, has_more=has_more, last_id=data[-1].id if data else None)
 
 
 class Problem(BaseModel):
