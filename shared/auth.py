@@ -27,6 +27,7 @@ _bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: 
 class Principal:
     owner: str
     scopes: frozenset[str]
+    key_name: str = ""  # who, among those with the owner's keys
 
     def sees(self, owner_column: InstrumentedAttribute[str]) -> ColumnElement[bool]:
         """The WHERE clause that keeps one owner's rows from another; an admin sees all."""
@@ -64,12 +65,12 @@ def authenticate(
     key = credentials.credentials
     token = core.settings.service_token
     if token is not None and secrets.compare_digest(key.encode(), token.get_secret_value().encode()):
-        return Principal(owner="service", scopes=frozenset({"read", "write"}))
+        return Principal(owner="service", scopes=frozenset({"read", "write"}), key_name="service")
     with core.transaction() as session:
         row = session.scalar(select(ApiKey).where(ApiKey.key_hash == hash_key(key)))
     if row is None or row.revoked_at is not None:
         raise Unauthorized("this API key is unknown or was revoked; make one with 'captune keys create'")
-    return Principal(owner=row.owner, scopes=frozenset(row.scopes))
+    return Principal(owner=row.owner, scopes=frozenset(row.scopes), key_name=row.name)
 
 
 def require(scope: Scope) -> Callable[[Principal], Principal]:

@@ -44,6 +44,14 @@ class Conflict(CaptuneError):
     status, title, default_code = 409, "Conflict", "conflict"
 
 
+class PreconditionFailed(CaptuneError):
+    status, title, default_code = 412, "Precondition failed", "version_changed"
+
+
+class PreconditionRequired(CaptuneError):
+    status, title, default_code = 428, "Precondition required", "version_required"
+
+
 class TooLarge(CaptuneError):
     status, title, default_code = 413, "Content too large", "too_large"
 

@@ -16,12 +16,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING, Any
 
 from shared.errors import InvalidInput
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -93,12 +93,14 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def write(
-    directory: Path, config: Mapping[str, Any], state: Mapping[str, torch.Tensor], tokenizer_files: Path | None
+    directory: Path, config: Mapping[str, Any], state: "Mapping[str, torch.Tensor]", tokenizer_files: Path | None
 ) -> None:
     """Writes a whole folder and flushes it to disk. Not atomic: write into a temporary directory and rename it.
 
     config: {"model_cfg", "preprocess_cfg"}; state: the model's state_dict, any device; tokenizer_files: a directory
     whose tokenizer and text-tower files are copied, or None where open_clip's own tokenizer serves."""
+    from safetensors.torch import save_file  # brings torch; reading a folder needs none
+
     directory.mkdir(parents=True, exist_ok=True)
     if tokenizer_files is not None:
         for name in TOKENIZER_FILES:

@@ -24,7 +24,8 @@ from shared.schemas.common import Problem
 
 log = logging.getLogger(__name__)
 
-UPLOAD_PATH = "/v1/datasets"  # the one route whose body is streamed to disk; every other body is held in memory
+# The routes whose bodies are streamed to disk; every other body is held in memory.
+UPLOAD_PATHS = frozenset({"/v1/datasets", "/v1/caption_jobs/import"})
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
@@ -149,8 +150,8 @@ class BodyLimit:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
-        limit = self.upload_bytes if scope["path"] == UPLOAD_PATH else self.json_bytes
-        if scope["path"] == UPLOAD_PATH and scope["method"] == "POST":
+        limit = self.upload_bytes if scope["path"] in UPLOAD_PATHS else self.json_bytes
+        if scope["path"] in UPLOAD_PATHS and scope["method"] == "POST":
             try:  # here already: the framework spools a form to disk before it runs a route's own checks
                 await run_in_threadpool(admit_upload, Request(scope))
             except CaptuneError as refused:

@@ -16,7 +16,6 @@ from services.trainer.state import fsync
 from shared.classifier import CARD, PROTOTYPES, ClassifierCard, Preprocessing, sha256_file
 from shared.clip import LoadedClip, save_clip
 from shared.local_dir import WEIGHTS
-from shared.templates import display_name
 
 
 def write_classifier(
@@ -27,6 +26,7 @@ def write_classifier(
     *,
     base_model: str,
     class_names: Sequence[str],
+    display_names: Sequence[str],
     data_fingerprint: str,
     seeds: Mapping[str, int],
     shots: int | None,
@@ -35,8 +35,8 @@ def write_classifier(
 ) -> ClassifierCard:
     """Write the whole folder and flush it to disk. Not atomic: write into a temporary directory and rename it.
 
-    clip: the base model that `train` was given; class_names in the order of the prototypes' rows; the rest goes into
-    the card, which is returned.
+    clip: the base model that `train` was given; class_names and display_names in the order of the prototypes' rows;
+    the rest goes into the card, which is returned.
     """
     save_clip(clip, result.model_state, directory)
     save_file({"prototypes": result.prototypes.contiguous()}, directory / PROTOTYPES)
@@ -45,7 +45,7 @@ def write_classifier(
         architecture=clip.name,
         activation="quick_gelu" if clip.config["model_cfg"].get("quick_gelu") else "gelu",
         class_names=list(class_names),
-        display_names=[display_name(name) for name in class_names],
+        display_names=list(display_names),
         preprocessing=Preprocessing(
             size=clip.image_size,
             mean=(clip.mean[0], clip.mean[1], clip.mean[2]),

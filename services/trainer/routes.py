@@ -94,7 +94,7 @@ def _check_captions(session: Session, who: Principal, body: schema.FineTuningReq
             code="captions_of_another_dataset",
             param="caption_job_id",
         )
-    if job.request["split"] != "train":
+    if job.request.get("split", "train") != "train":  # an import covers every split
         raise InvalidInput(
             f"{job.id} captioned the '{job.request['split']}' split; training needs captions of 'train'",
             code="captions_of_another_split",
@@ -117,7 +117,8 @@ def _ensure_baseline(session: Session, dataset: Dataset, model: str, method: str
             Job.kind == "fine_tune",
             Job.dataset_id == dataset.id,
             Job.owner == dataset.owner,
-            or_(Job.status.not_in(FINAL), Classifier.id.is_not(None)),
+            # Renaming its classes gives a data set another fingerprint, and its baselines other texts.
+            or_(Job.status.not_in(FINAL), Classifier.data_fingerprint == dataset.fingerprint),
             Job.request["model"].astext == model,
             Job.request["method"]["type"].astext == method,
         )

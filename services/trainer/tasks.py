@@ -1,7 +1,10 @@
 """The fine-tuning job: gather the run's data, train (loop.py), save the classifier, and queue its evaluation."""
 
+import hashlib
+import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +32,6 @@ from shared.jobs import HandedBack, Paused, ledger
 from shared.jobs.claim import Claim
 from shared.jobs.worker import Finish
 from shared.schemas.fine_tuning import FineTuningRequest
-from shared.templates import display_name
 
 _warm_clip = lru_cache(maxsize=2)(load_clip)  # a worker keeps its base models between jobs; training copies them
 
@@ -43,13 +45,18 @@ class _Sources:
     val: list[Image] = field(default_factory=list)
     fewer: dict[str, int] = field(default_factory=dict)
     captions: dict[str, list[str]] = field(default_factory=dict)  # by image id
-    captions_left_out: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)  # captions by the flag (or "by_hand") that excluded them
     captioner: str | None = None
+    measured_for: str | None = None  # the CLIP whose tokenizer measured the captions
     recipe: dict[str, Any] | None = None  # how the captions were asked for: it tells settings apart on the leaderboard
 
     @property
     def class_names(self) -> list[str]:
         return [c["name"] for c in self.dataset.classes or ()]
+
+    @property
+    def display_names(self) -> list[str]:
+        return [c["display_name"] for c in self.dataset.classes or ()]
 
 
 def fine_tune(claim: Claim) -> Finish:
@@ -89,6 +96,7 @@ def fine_tune(claim: Claim) -> Finish:
             result,
             base_model=request.model,
             class_names=sources.class_names,
+            display_names=sources.display_names,
             data_fingerprint=str(sources.dataset.fingerprint),
             seeds={"training": request.seed, "shots": request.shot_seed, "split": sources.dataset.split_seed},
             shots=request.shots,
@@ -117,22 +125,36 @@ def _gather(session: Session, request: FineTuningRequest, method: Method) -> _So
                 param="validation",
             )
     if method.needs_captions and request.caption_job_id is not None:
-        query = select(Caption.image_id, Caption.text, Caption.flags).join(
-            CaptionJobItem, CaptionJobItem.caption_id == Caption.id
-        )
-        query = query.where(CaptionJobItem.job_id == request.caption_job_id)
-        wanted = {image.id for image in found.train}
-        for image_id, text, flags in session.execute(query.order_by(Caption.image_id, Caption.key)):
-            if image_id not in wanted:
-                continue
-            if flags:
-                found.captions_left_out += 1
-            else:
-                found.captions.setdefault(image_id, []).append(text)
-        job = session.get_one(Job, request.caption_job_id)
-        found.captioner = (job.result or {})["captioner"]["revision"]
-        found.recipe = {name: job.request[name] for name in ("characteristics", "words", "domain", "temperature")}
+        _gather_captions(session, request, found)
     return found
+
+
+def _gather_captions(session: Session, request: FineTuningRequest, found: _Sources) -> None:
+    """The usable captions of the training images; what the policy leaves out is counted under its first reason."""
+    job = session.get_one(Job, request.caption_job_id)
+    items = select(CaptionJobItem.caption_id).where(CaptionJobItem.job_id == job.id)
+    query = select(Caption.image_id, Caption.text, Caption.flags, Caption.excluded).where(Caption.id.in_(items))
+    wanted = {image.id for image in found.train}
+    for image_id, text, flags, excluded in session.execute(query.order_by(Caption.image_id, Caption.key)):
+        if image_id not in wanted:
+            continue
+        reason = "by_hand" if excluded else next((flag for flag in request.exclude_flags if flag in flags), None)
+        if reason is None:
+            found.captions.setdefault(image_id, []).append(text)
+        else:
+            found.left_out[reason] += 1
+    captioner = (job.result or {})["captioner"]
+    found.captioner, found.measured_for = captioner["revision"], job.request.get("clip_model")
+    asked = ("characteristics", "words", "domain", "temperature", "samples_per_prompt", "shear_tokens")
+    by_hand = select(Caption.id, Caption.text, Caption.excluded).where(
+        Caption.id.in_(items), Caption.original_text.is_not(None) | Caption.excluded
+    )
+    changes = [tuple(row) for row in session.execute(by_hand.order_by(Caption.id))]
+    found.recipe = {name: job.request[name] for name in asked if name in job.request} | {
+        "exclude_flags": sorted(request.exclude_flags),
+        # Captions that were reviewed are another setting than the model's own, and so are those reviewed otherwise.
+        "review": hashlib.sha256(json.dumps(changes).encode()).hexdigest()[:12] if changes else None,
+    }
 
 
 def _warn(claim: Claim, request: FineTuningRequest, sources: _Sources) -> None:
@@ -140,9 +162,16 @@ def _warn(claim: Claim, request: FineTuningRequest, sources: _Sources) -> None:
         detail = ", ".join(f"{name} ({n})" for name, n in sorted(sources.fewer.items())[:20])
         message = f"these classes have fewer than {request.shots} training images, all of them are used: {detail}"
         claim.event("warning.fewer_shots", message, {"classes": sources.fewer}, level="warning")
-    if sources.captions_left_out:
-        message = f"{sources.captions_left_out} flagged captions are left out"
-        claim.event("warning.captions_left_out", message, {"count": sources.captions_left_out}, level="warning")
+    if left_out := sources.left_out.total():
+        reasons = ", ".join(f"{reason} {n}" for reason, n in sources.left_out.most_common())
+        message = f"{left_out} captions are left out ({reasons}); 'exclude_flags' of the job decides which"
+        claim.event("warning.captions_left_out", message, dict(sources.left_out), level="warning")
+    if sources.measured_for not in (None, request.model):
+        message = (
+            f"the captions were measured for '{sources.measured_for}', so '{request.model}' may cut some of them; "
+            "a caption job with this 'clip_model' reuses the captions and measures them anew"
+        )
+        claim.event("warning.captions_of_another_clip", message, level="warning")
     if request.caption_job_id is not None:
         bare = [image.path for image in sources.train if image.id not in sources.captions]
         if bare:
@@ -165,7 +194,7 @@ def _load(claim: Claim, clip: LoadedClip, sources: _Sources) -> TrainData:
         images=loaded(sources.train, 0),
         labels=torch.tensor([labels[image.class_name] for image in sources.train], dtype=torch.int64),
         captions=[sources.captions.get(image.id, []) for image in sources.train],
-        class_names=[display_name(name) for name in sources.class_names],
+        class_names=sources.display_names,
         val_images=loaded(sources.val, len(sources.train)),
         val_labels=torch.tensor([labels[image.class_name] for image in sources.val], dtype=torch.int64),
     )
@@ -265,7 +294,7 @@ def _finish(
         "val_images": len(sources.val),
         "captions": sources.recipe,
         "captions_used": sum(len(texts) for texts in sources.captions.values()),
-        "captions_left_out": sources.captions_left_out,
+        "captions_left_out": dict(sources.left_out),
         "fewer_shots": sources.fewer,
     }
     classifier = Classifier(

@@ -69,6 +69,7 @@ def _duplicates(images: Sequence[Labelled]) -> list[Notice]:
 
 
 def fingerprint(rows: Iterable[tuple[str, str, str, Split]]) -> str:
-    """SHA-256 (hex) over all (path, sha256, label, split), whatever their order: equal exactly for equal data sets."""
+    """SHA-256 (hex) over all (path, sha256, label, split), whatever their order: equal exactly for equal data sets. The
+    label is the class's name, with the display name behind it where the user gave one: prompts and prefixes differ."""
     digests = sorted(hashlib.sha256(json.dumps(row).encode()).digest() for row in rows)
     return hashlib.sha256(b"".join(digests)).hexdigest()

@@ -1,6 +1,5 @@
 """From the names in an archive to labelled items: `class/file`, `split/class/file`, or a metadata file."""
 
-import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from typing import Final, Literal
 
 from shared.datasets import metadata as tables
 from shared.datasets.classes import Split, check_distinct, class_name, split_of
+from shared.datasets.paths import relative
 from shared.datasets.report import Notice, Report
 from shared.errors import InvalidInput
 
@@ -155,7 +155,7 @@ def _rows(metadata: Mapping[str, bytes], report: Report) -> tuple[dict[str, tabl
         for row in tables.parse(path, content):
             if not row.file_name:
                 raise InvalidInput(f"{row.where}: file_name is empty.", code="broken_metadata")
-            name = folder + _relative(row.file_name)
+            name = folder + relative(row.file_name)
             first = rows.setdefault(name, row)
             if first is not row:
                 repeated += 1
@@ -164,9 +164,3 @@ def _rows(metadata: Mapping[str, bytes], report: Report) -> tuple[dict[str, tabl
     if repeated:
         report.notices.append(Notice("repeated_rows", f"{repeated} rows name a file that another row names as well."))
     return rows, conflicts
-
-
-def _relative(file_name: str) -> str:
-    """Only ever looked up among the archive's names, so a path that climbs out simply does not exist there."""
-    parts = unicodedata.normalize("NFC", file_name).replace("\\", "/").split("/")
-    return "/".join(part for part in parts if part not in ("", "."))

@@ -34,6 +34,12 @@ def usable_dataset(session: Session, who: Principal, dataset_id: str, *, lock: b
     return row
 
 
+def display_names(dataset: Dataset) -> dict[str, str]:
+    """How captions call each class: the name its owner gave it, else its folder's name in words. By class name, in
+    label order; empty before the ingestion has ended."""
+    return {each["name"]: each["display_name"] for each in dataset.classes or ()}
+
+
 def split_images(session: Session, dataset_id: str, split: str) -> Sequence[Image]:
     """Every image of a split, ordered by path."""
     query = select(Image).where(Image.dataset_id == dataset_id, Image.split == split)

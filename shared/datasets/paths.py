@@ -37,6 +37,13 @@ def safe_path(name: str) -> str:
     return path
 
 
+def relative(name: str) -> str:
+    """A path as a user wrote it in a table: in `safe_path`'s form, but never refused. It is only ever looked up among
+    known paths, so one that climbs out simply does not exist there."""
+    parts = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")
+    return "/".join(part for part in parts if part not in ("", "."))
+
+
 def is_litter(path: str) -> bool:
     """What operating systems leave behind: dotfiles, `__MACOSX`, `Thumbs.db`, `desktop.ini`."""
     parts = path.split("/")

@@ -35,8 +35,8 @@ class Base(DeclarativeBase):
     type_annotation_map = {
         str: Text,
         datetime: DateTime(timezone=True),
-        dict[str, Any]: JSONB,
-        list[Any]: JSONB,
+        dict[str, Any]: JSONB(none_as_null=True),
+        list[Any]: JSONB(none_as_null=True),
         list[str]: ARRAY(Text),
     }
 
@@ -144,11 +144,15 @@ class Image(Base):
 
 
 class Caption(Base):
-    """A caption is unique by (image, key): the key is a hash of the prompt, the captioner's revision and the
-    generation parameters, so doing a step twice cannot double it."""
+    """A caption is unique by (image, key): the key is a hash of the prompt, the captioner's revision, the generation
+    parameters and the seed, so doing a step twice cannot double it. The same key of an image with the same bytes, in
+    any data set of the owner, holds the same model output: it is copied instead of asked for again."""
 
     __tablename__ = "captions"
-    __table_args__ = (UniqueConstraint("image_id", "key"),)
+    __table_args__ = (
+        UniqueConstraint("image_id", "key"),
+        Index("ix_captions_search", text("to_tsvector('english'::regconfig, text)"), postgresql_using="gin"),
+    )
     id: Mapped[str] = mapped_column(primary_key=True)
     owner: Mapped[str]
     dataset_id: Mapped[str] = mapped_column(index=True)
@@ -156,7 +160,13 @@ class Caption(Base):
     key: Mapped[str]
     characteristic: Mapped[str]
     text: Mapped[str]
+    clip_tokens: Mapped[int]  # of the prefixed caption, for the tokenizer of the job's CLIP
     flags: Mapped[list[str]] = mapped_column(server_default="{}")
+    excluded: Mapped[bool] = mapped_column(server_default="false")
+    version: Mapped[int] = mapped_column(server_default="1")  # the ETag; raised by every change
+    original_text: Mapped[str | None]  # before the first edit
+    edited_by: Mapped[str | None]
+    agreement: Mapped[dict[str, Any] | None]
     provenance: Mapped[dict[str, Any]]  # prompt, engine, revision, parameters, tokens, milliseconds, attempt, raw text
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 

@@ -89,6 +89,8 @@ def finish(job: Job, session: Session, status: str, *, result: Any = None, error
     if error is not None:
         job.error = {"code": error.code, "message": error.message, "param": error.param}
     drop_saved_states(session, job.id)
+    if key := job.request.get("upload_key"):  # a file that was sent for this job alone
+        session.info.setdefault("obsolete", []).append(key)
     message = error.message if error is not None else f"the job {status}"
     add_event(session, job.id, f"job.{status}", message, level="error" if status == "failed" else "info")
 

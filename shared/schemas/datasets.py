@@ -1,6 +1,8 @@
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from shared.schemas.common import JobResource, Resource
+from pydantic import Field, StringConstraints, model_validator
+
+from shared.schemas.common import JobResource, Request, Resource
 
 
 class ClassInfo(Resource):
@@ -23,6 +25,22 @@ class Dataset(JobResource):
     counts: dict[str, dict[str, int]] | None = None
     report: dict[str, Any] | None = None
     fingerprint: str | None = None
+
+
+class DatasetEdit(Request):
+    """At least one of the two."""
+
+    name: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)] | None = None
+    display_names: dict[str, str] | None = Field(
+        default=None,
+        description="what prompts and prefixes call a class, by its name; classes not given keep their display name",
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> "DatasetEdit":
+        if self.name is None and self.display_names is None:
+            raise ValueError("give 'name', 'display_names' or both")
+        return self
 
 
 class Image(Resource):

@@ -2,6 +2,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from shared.schemas.captions import EXCLUDED_BY_DEFAULT, Flag
 from shared.schemas.common import JobResource, Request, Resource, UnixTime
 
 Validation = Literal["none", "few_shot", "full"]
@@ -18,6 +19,9 @@ class FineTuningRequest(Request):
     )
     dataset_id: str
     caption_job_id: str | None = Field(default=None, description="needed by methods that train on captions")
+    exclude_flags: list[Flag] = Field(
+        default=list(EXCLUDED_BY_DEFAULT), description="captions with one of these flags are left out of this run"
+    )
     method: MethodSpec = MethodSpec()
     shots: int | None = Field(
         default=None, ge=1, lt=2**31, description="training images per class; all where not given"
@@ -38,6 +42,7 @@ class FineTuningJob(JobResource):
     model: str
     dataset_id: str
     caption_job_id: str | None
+    exclude_flags: list[Flag] = []
     method: MethodSpec
     shots: int | None
     shot_seed: int

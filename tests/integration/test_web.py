@@ -13,6 +13,7 @@ from services.evaluator import app as evaluator
 from services.trainer import app as trainer
 from shared.auth import create_key
 from shared.core import Core
+from shared.health import NotReady
 from shared.web import create_api
 from tests.integration.conftest import ROUTERS
 from tests.integration.factories import add_dataset, archive, read_job
@@ -199,7 +200,31 @@ def test_health(api: Api) -> None:
     assert api.nobody.get("/healthz").json() == {"status": "ok"}
     answer = api.nobody.get("/readyz")
     assert answer.status_code == 200
-    assert answer.json() == {"status": "ready", "checks": dict.fromkeys(("database", "queue", "storage"), "ok")}
+    checks = dict.fromkeys(("database", "queue", "storage"), "ok")
+    assert answer.json() == {"status": "ready", "checks": checks, "details": {}}
+
+
+def test_what_a_check_tells_is_shown_whether_it_passes_or_not(core: Core) -> None:
+    app = create_api("checked", core, [])
+    nobody = client(app, None)
+    app.state.readiness["model"] = lambda: {"rate": 2.5}
+    answer = nobody.get("/readyz")
+    assert (answer.status_code, answer.json()["checks"]["model"]) == (200, "ok")
+    assert answer.json()["details"] == {"model": {"rate": 2.5}}
+
+    def loading() -> None:
+        raise NotReady("it is loading", {"restarts": 1})
+
+    def broken() -> None:
+        raise RuntimeError("the password is 1234")
+
+    app.state.readiness |= {"model": loading, "other": broken}
+    answer = nobody.get("/readyz")
+    body = answer.json()
+    assert (answer.status_code, body["status"]) == (503, "not ready")
+    assert (body["checks"]["model"], body["checks"]["other"]) == ("failed: it is loading", "failed: RuntimeError")
+    assert body["details"] == {"model": {"restarts": 1}}
+    assert "1234" not in answer.text
 
 
 def test_not_ready_without_valkey(core_without_redis: Core) -> None:

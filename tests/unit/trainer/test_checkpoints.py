@@ -28,6 +28,7 @@ def write(folder: Path, clip, method, result: TrainResult):
         result,
         base_model="tiny",
         class_names=NAMES,
+        display_names=["red ball", "green ball", "blue ball"],
         data_fingerprint="abc",
         seeds={"training": 1, "shots": 2, "split": 3},
         shots=4,
