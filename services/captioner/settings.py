@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 Precision = Literal["auto", "nf4", "int8", "bf16", "fp16", "fp32"]
@@ -25,6 +25,17 @@ class EngineSpec(BaseModel):
     max_batch: int | None = Field(default=None, ge=1, le=1024)
     max_pixels: int = Field(default=1_048_576, ge=1024, description="Larger pictures are scaled down to this area.")
     model_roots: tuple[Path, ...] = ()
+    # hf
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    compile: bool = Field(default=False, description="torch.compile the decoder: slow to start, then measure")
+    # openai
+    base_urls: tuple[HttpUrl, ...] = Field(default=(), description="servers with the same model, each up to /v1")
+    api_key: SecretStr | None = None
+    concurrency: int = Field(default=64, ge=1, le=1024, description="most requests in flight, over all base_urls")
+    timeout_s: float = Field(default=120.0, gt=0, description="of one try of one request")
+    revision: str | None = Field(
+        default=None, max_length=200, description="what the operator knows of the weights behind base_urls"
+    )
 
 
 def _default_engines() -> dict[str, EngineSpec]:
@@ -53,4 +64,6 @@ class CaptionWorkerSettings(BaseSettings):
 
     captioner_url: str = Field(description="Base URL of the captioner's API, without /v1.")
     service_token: SecretStr
-    caption_concurrency: int = Field(default=32, ge=1, le=1024, description="Requests in flight.")
+    caption_concurrency: int = Field(
+        default=192, ge=1, le=1024, description="Requests in flight, all the time: two of a GPU's largest batches."
+    )

@@ -10,6 +10,7 @@ from shared.errors import InvalidInput
 ENGINES: dict[str, str] = {
     "attributes": "services.captioner.engines.attributes:AttributesEngine",
     "hf": "services.captioner.engines.hf:HFEngine",
+    "openai": "services.captioner.engines.openai:OpenAIEngine",
 }
 
 

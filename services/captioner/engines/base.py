@@ -3,14 +3,15 @@
 A request passes through three steps so that the device never waits for Python:
 
 * ``prepare`` runs on CPU threads, one request at a time (decode, resize, tokenize);
-* ``generate`` runs on the one thread that owns the device, on a batch;
+* ``generate`` runs on a thread that owns the device, on a batch (an engine whose model is elsewhere may ask for many
+  such threads, ``lanes``);
 * ``finish`` runs on the CPU again and turns a raw output into text and counts.
 
 An engine keeps no queue and starts no thread: that is the batcher's business.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -40,6 +41,9 @@ class CaptionRequest:
 
     ``metadata`` is what the caller knows besides the prompt (``class_name``, ``domain``,
     ``characteristic``, ``words``); engines that work without a language model read it.
+    ``stop``: the text ends before the first of these. ``on_text`` is called with each new piece of the
+    text as it is generated, from any thread; an engine that writes all at once need not call it, and
+    the pieces joined are always a prefix of the final text.
     """
 
     images: tuple[Image.Image, ...]
@@ -47,6 +51,8 @@ class CaptionRequest:
     max_tokens: int = 160
     temperature: float = 0.2
     seed: int | None = None
+    stop: tuple[str, ...] = ()
+    on_text: Callable[[str], None] | None = None
     metadata: Mapping[str, str] = field(default_factory=lambda: _NO_METADATA)
 
 
@@ -58,6 +64,7 @@ class Generation:
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
+    image_tokens: int = 0  # of the prompt tokens, those that stand for pictures
 
 
 class Engine(ABC):
@@ -74,6 +81,11 @@ class Engine(ABC):
     precision: str = "none"
     #: Largest batch when the settings name none.
     default_max_batch: ClassVar[int] = 16
+    #: Threads that call ``generate`` at the same time. One where a device is owned; an engine that only waits for
+    #: other servers sets it in ``__init__`` to the requests it may have in flight, with ``max_batch`` 1.
+    lanes: int = 1
+    #: Whether the batcher may generate a few made-up captions after loading, to measure the rate.
+    warms_up: ClassVar[bool] = True
 
     def __init__(self, spec: EngineSpec, name: str | None = None) -> None:
         self.spec = spec
@@ -91,6 +103,10 @@ class Engine(ABC):
     def prepare(self, request: CaptionRequest) -> Any:
         """CPU work of one request. An error raised here is reported for this request only."""
 
+    def bucket(self, prepared: Any) -> Hashable:
+        """Requests of one bucket may share a batch; those of different buckets would hold one another up."""
+        return None
+
     @abstractmethod
     def generate(self, prepared: Sequence[Any]) -> list[Any]:
         """One device batch of 1..``max_batch`` prepared requests; one raw output per input, same order."""
@@ -98,3 +114,7 @@ class Engine(ABC):
     @abstractmethod
     def finish(self, raw: Any) -> Generation:
         """CPU work after generation."""
+
+    def device_memory(self) -> tuple[int, int] | None:
+        """Bytes in use and in all of the device that the engine owns; None where it owns none. Any thread may ask."""
+        return None

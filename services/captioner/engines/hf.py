@@ -1,67 +1,82 @@
 """Any `AutoModelForImageTextToText` checkpoint: Qwen-VL, SmolVLM, LLaVA, Gemma 3, InternVL and their like.
 
-One `generate` call serves requests that differ in temperature, length and seed: sampling is done by the Gumbel-max
-trick (argmax of logits/T + Gumbel noise is a draw from softmax(logits/T); Gumbel 1954), so the call itself is greedy,
-each row adds its own noise, and a seeded row's text does not depend on which requests it shared the batch with.
+One `generate` call serves requests that differ in temperature, length, seed and stop strings (hf_sampling), and shows
+each picture to the vision tower once, however many prompts ask about it (hf_vision). No row's trouble is another's: a
+batch that does not fit in memory is halved, and a row that comes to nothing is tried once more by itself.
 """
 
 import copy
+import gc
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import GenerationConfig
 
-from services.captioner.engines import hf_loading
+from services.captioner import metrics
+from services.captioner.engines import hf_batching, hf_loading, hf_prefix
 from services.captioner.engines.base import CaptionRequest, Engine, FinishReason, Generation, fit
-from shared.errors import InvalidInput
+from services.captioner.engines.hf_batching import Prepared
+from services.captioner.engines.hf_sampling import RowLimits, RowSampler, RowWatch
+from services.captioner.engines.hf_text import Stream, Transcript, opened_by, visible
+from services.captioner.engines.hf_vision import VisionReuse, picture_key, unit_keys
+from shared.errors import CaptuneError, InvalidInput, Unavailable
 
 logger = logging.getLogger(__name__)
 
-#: Raise when a change of this file changes what comes out for the same weights and request.
-CODE_VERSION = "hf1"
+#: Raise when a change of the hf*.py files changes what comes out for the same weights and request.
+CODE_VERSION = "hf2"
 
-
-@dataclass(frozen=True)
-class Prepared:
-    """One request as CPU tensors with a batch axis of 1, plus what steers its row."""
-
-    tensors: dict[str, torch.Tensor]
-    conversation: list[dict[str, Any]]
-    prompt_tokens: int
-    max_tokens: int
-    temperature: float
-    seed: int | None
+_MEMORY_WORDS = ("out of memory", "alloc_failed", "can't allocate memory")  # CUDA, MPS; cuBLAS, cuDNN; the CPU
+_SMALLER_FOR_S = 600.0  # for so long a batch size that did not fit is not tried again: others may share the device
+_ANOTHER_SEED = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
 class Raw:
-    """Generated ids of one row, end token and padding cut off."""
+    """What came of one row: its text, or the error that its request is answered with."""
 
-    ids: list[int]
-    reason: FinishReason
-    prompt_tokens: int
-    completion_tokens: int  # with the end token, as it was generated too
+    item: Prepared
+    text: str = ""
+    reason: FinishReason = "length"
+    tokens: int = 0  # written; with the end token, as it was generated too
+    broken: bool = False  # the model's scores were not numbers
+    error: CaptuneError | None = None
 
 
 class HFEngine(Engine):
     """Quantized or plain, batched, left-padded. `spec.model` is a hub id or a path below `spec.model_roots`."""
 
-    default_max_batch: ClassVar[int] = 16
+    default_max_batch: ClassVar[int] = 24  # multiples of three keep the usual prompts of a picture together ...
+    gpu_max_batch: ClassVar[int] = 96  # ... and a GPU reads all weights once per token, for however many rows
+    _device = torch.device("cpu")
 
     def load(self) -> None:
         started = time.perf_counter()
         loaded = hf_loading.load(self.spec, self.name)
         self._model, self._processor = loaded.model, loaded.processor
         self._device, self._dtype = loaded.device, loaded.dtype
+        if self._device.type == "cuda" and self.spec.max_batch is None:
+            self.max_batch = self.gpu_max_batch
         self._context = loaded.context_length
         self.precision = loaded.precision
-        self.revision = f"{loaded.identity} {loaded.precision} max_pixels={self.spec.max_pixels} {CODE_VERSION}"
+        self.revision = " ".join(
+            [
+                loaded.identity,
+                loaded.precision,
+                f"max_pixels={self.spec.max_pixels}",
+                *([f"attention={self.spec.attention}"] if self.spec.attention != "sdpa" else []),
+                *(["compiled"] if self.spec.compile else []),
+                CODE_VERSION,
+            ]
+        )
 
         tokenizer = self._processor.tokenizer
         tokenizer.padding_side = "left"  # a decoder continues from the last column, which has to be a real token
@@ -69,6 +84,10 @@ class HFEngine(Engine):
         self._end_ids = _ids(shipped.eos_token_id) | _ids(tokenizer.eos_token_id)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._end_ids)
         self._pad_id = int(pad)
+        # A sliding window counts columns, so padding inside a row would push real tokens out of it.
+        window = getattr(self._model.config.get_text_config(), "sliding_window", None)
+        self._window: float = math.inf if window is None else window
+        self._image_id = getattr(self._model.config, "image_token_id", None)
         # The checkpoint's own sampling defaults (temperature, top-k, top-p) must not override a request's.
         self._model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=False,
@@ -81,13 +100,11 @@ class HFEngine(Engine):
         self._local = threading.local()
         self._copy_lock = threading.Lock()
         self._control_tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        self._template_switches = hf_loading.thinking_off(self._processor)
+        self._thought = ""
+        self._fitting: dict[Hashable, tuple[int, float]] = {}  # bucket -> largest batch to try, until when
         self._sanitizes = self._processor_sanitizes()
-        self._collate: Callable[[Sequence[Prepared]], dict[str, torch.Tensor]] = self._join
-        if not self._joins_like_processor():
-            logger.warning(
-                "engine %s: its processor batches in a way of its own; batches are prepared by it", self.name
-            )
-            self._collate = self._process
+        self._probe()
         logger.info("engine %s: %s ready in %.1f s", self.name, self.revision, time.perf_counter() - started)
 
     def prepare(self, request: CaptionRequest) -> Prepared:
@@ -111,7 +128,8 @@ class HFEngine(Engine):
                 code="request_rejected_by_model",
                 param="messages",
             ) from error
-        prompt_tokens = int(tensors["input_ids"].shape[1])
+        ids = tensors["input_ids"]
+        prompt_tokens = int(ids.shape[1])
         if self._context is not None and prompt_tokens + request.max_tokens > self._context:
             raise InvalidInput(
                 f"The prompt has {prompt_tokens} tokens (images included) and max_tokens is {request.max_tokens}, but "
@@ -120,33 +138,176 @@ class HFEngine(Engine):
                 code="context_length_exceeded",
                 param="messages",
             )
-        return Prepared(tensors, conversation, prompt_tokens, request.max_tokens, request.temperature, request.seed)
+        return Prepared(
+            replace(request, stop=tuple(filter(None, request.stop))),
+            tensors,
+            conversation,
+            prompt_tokens,
+            image_tokens=0 if self._image_id is None else int((ids == self._image_id).sum()),
+            image_keys=unit_keys(tensors, [picture_key(image) for image in images]),
+            stream=Stream(request.on_text) if request.on_text else None,
+        )
+
+    def bucket(self, prepared: Prepared) -> Hashable:
+        return hf_batching.bucket(prepared)
 
     def generate(self, prepared: Sequence[Prepared]) -> list[Raw]:
-        batch = self._collate(prepared)
-        _assert_left_padded(batch)
-        width = batch["input_ids"].shape[1]
-        limits = torch.tensor([item.max_tokens for item in prepared], device=self._device)
-        with torch.inference_mode():
-            output = self._model.generate(
-                **{key: self._place(value) for key, value in batch.items()},
-                max_new_tokens=int(limits.max()),
-                logits_processor=[_RowSampler(prepared, self._device)],
-                stopping_criteria=[_RowLimits(limits, width)],
-            )
-        rows: list[list[int]] = output[:, width:].tolist()
-        return [self._cut(row, item) for row, item in zip(rows, prepared, strict=True)]
+        raws = self._fitted(prepared)
+        # One more try for what came to nothing. Scores that are no numbers may come of the padding, so such a row is
+        # tried by itself, with its own seed: the draw is not to blame. For an empty text it is, so another seed is
+        # taken (derived from the given one, so that the outcome still hangs on it alone). A greedy row would only
+        # repeat itself, but for the rounding of a smaller batch, which is not worth a full-length text.
+        alone = [n for n, raw in enumerate(raws) if raw.broken]
+        redrawn = [n for n, raw in enumerate(raws) if _is_empty(raw) and raw.item.request.temperature > 0]
+        if len(prepared) > 1:
+            greedy = [n for n, raw in enumerate(raws) if _is_empty(raw) and raw.item.request.temperature <= 0]
+            alone += [n for n in greedy if raws[n].reason == "stop"]
+        again = [([n], [prepared[n]]) for n in alone]
+        if redrawn:
+            again.append((redrawn, [_reseeded(prepared[n]) for n in redrawn]))
+        for rows, items in again:
+            reason = "not_a_number" if raws[rows[0]].broken else "empty"
+            metrics.RETRIES.labels(self.name, reason).inc(len(rows))
+            logger.warning("engine %s: %d of %d rows tried once more: %s", self.name, len(rows), len(raws), reason)
+            for n, raw in zip(rows, self._fitted(items), strict=True):
+                raws[n] = raw
+        return raws
 
     def finish(self, raw: Raw) -> Generation:
-        text: str = self._thread_processor().tokenizer.decode(raw.ids, skip_special_tokens=True)
-        return Generation(text.strip(), raw.reason, raw.prompt_tokens, raw.completion_tokens)
+        if raw.error is not None:
+            raise raw.error
+        if raw.broken:
+            raise InvalidInput(
+                f"Model {self.name!r} computed values that are not numbers for this request, twice. If it happens "
+                "often, choose precision bf16 or fp32; else change the picture or the prompt.",
+                code="not_a_number",
+                param="messages",
+            )
+        stream = raw.item.stream
+        if stream is not None and not raw.text.startswith(stream.sent):
+            raise Unavailable(
+                "The text had to be begun anew and came out otherwise than what was sent of it. Ask again.",
+                code="generation_interrupted",
+            )
+        if not raw.text:
+            logger.warning("engine %s: an empty text after %d tokens (%s)", self.name, raw.tokens, raw.reason)
+        return Generation(raw.text, raw.reason, raw.item.prompt_tokens, raw.tokens, raw.item.image_tokens)
 
-    def _cut(self, row: list[int], item: Prepared) -> Raw:
-        ids = row[: item.max_tokens]
+    def device_memory(self) -> tuple[int, int] | None:
+        if self._device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self._device)
+            return total - free, total
+        if self._device.type == "mps":
+            return torch.mps.driver_allocated_memory(), torch.mps.recommended_max_memory()
+        return None
+
+    def _fitted(self, prepared: Sequence[Prepared]) -> list[Raw]:
+        """`_batch` in parts that fit in the device's memory."""
+        kind = max(hf_batching.bucket(item) for item in prepared)
+        size, until = self._fitting.get(kind, (len(prepared), 0.0))
+        if len(prepared) > size and time.monotonic() < until:
+            parts = [prepared[start : start + size] for start in range(0, len(prepared), size)]
+            return [raw for part in parts for raw in self._fitted(part)]
+        try:
+            return self._batch(prepared)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+        # Only here, where the error is gone and its traceback holds no tensors any more, can memory be freed.
+        metrics.OUT_OF_MEMORY.labels(self.name).inc()
+        self._free_memory()
+        if len(prepared) == 1:
+            logger.error("engine %s: one request of bucket %s does not fit in memory", self.name, kind)
+            return [Raw(prepared[0], error=self._does_not_fit(prepared[0]))]
+        half = (len(prepared) + 1) // 2
+        logger.warning("engine %s: %d requests of %s do not fit; %d are tried", self.name, len(prepared), kind, half)
+        self._fitting[kind] = (half, time.monotonic() + _SMALLER_FOR_S)
+        return self._fitted(prepared)
+
+    def _batch(self, prepared: Sequence[Prepared]) -> list[Raw]:
+        with torch.inference_mode():
+            inputs = self._begun(prepared) or self._whole(prepared)
+        hf_batching.assert_left_padded(inputs)
+        requests, width = [item.request for item in prepared], inputs["input_ids"].shape[1]
+        limits = torch.tensor([request.max_tokens for request in requests], device=self._device)
+        sampler = RowSampler(requests, width, self._device)
+        transcripts = {
+            row: self._transcript(item) for row, item in enumerate(prepared) if item.request.stop or item.stream
+        }
+        with torch.inference_mode(), self._looking(prepared):
+            output = self._model.generate(
+                **inputs,
+                max_new_tokens=max(request.max_tokens for request in requests),
+                logits_processor=[sampler],
+                stopping_criteria=[
+                    RowLimits(limits, width, sampler.broken),
+                    *([RowWatch(transcripts, sampler.broken)] if transcripts else []),
+                ],
+            )
+        rows: list[list[int]] = output[:, width:].tolist()
+        broken: list[bool] = sampler.broken.tolist()
+        return [
+            Raw(item, broken=True) if broken[n] else self._read(rows[n], item, transcripts.get(n))
+            for n, item in enumerate(prepared)
+        ]
+
+    def _whole(self, prepared: Sequence[Prepared]) -> dict[str, Any]:
+        """What `generate` takes: all of every prompt, (B, L), and the pictures."""
+        return self._placed(self._collate(prepared))
+
+    def _begun(self, prepared: Sequence[Prepared]) -> dict[str, Any] | None:
+        """The same as ids, mask and a cache of what the prompts have in common; None where they have too little."""
+        longest = max(item.prompt_tokens + item.request.max_tokens for item in prepared)
+        if not self._shares_beginnings or self._image_id is None or longest > self._window:
+            return None
+        ids = [item.tensors["input_ids"][0].tolist() for item in prepared]
+        made = hf_prefix.plan(ids, [item.image_keys for item in prepared], self._image_id)
+        if made is None:
+            return None
+        with self._looking([prepared[row] for row in made.representatives]):
+            cache = hf_prefix.prefill(
+                self._model, self._placed(hf_prefix.beginnings(prepared, made, self._pad_id)), made
+            )
+        return {**self._placed(hf_prefix.whole_rows(prepared, made, self._pad_id)), "past_key_values": cache}
+
+    def _looking(self, prepared: Sequence[Prepared]) -> AbstractContextManager[None]:
+        """Inside, a picture of these requests passes the vision tower once, where the model allows it."""
+        keys = [key for item in prepared for key in item.image_keys]
+        return self._vision.sharing(keys) if self._vision and keys else nullcontext()
+
+    def _read(self, row: Sequence[int], item: Prepared, transcript: Transcript | None) -> Raw:
+        """The generated ids of one row, with whatever follows its end -> its text."""
+        ids = row[: item.request.max_tokens if transcript is None else transcript.tokens]
         end = next((position for position, token in enumerate(ids) if token in self._end_ids), None)
-        if end is None:
-            return Raw(ids, "length", item.prompt_tokens, len(ids))
-        return Raw(ids[:end], "stop", item.prompt_tokens, end + 1)
+        if transcript is None:
+            written = self._thread_processor().tokenizer.decode(ids[:end], skip_special_tokens=True)
+            text, stopped = visible(written, opened=self._thought)
+        else:
+            text, stopped = transcript.text(), transcript.stopped
+        reason: FinishReason = "length" if end is None and not stopped else "stop"
+        return Raw(item, text, reason, len(ids) if end is None else end + 1)
+
+    def _transcript(self, item: Prepared) -> Transcript:
+        request, tokenizer = item.request, self._thread_processor().tokenizer
+        return Transcript(tokenizer, self._end_ids, request.max_tokens, request.stop, self._thought, item.stream)
+
+    def _does_not_fit(self, item: Prepared) -> InvalidInput:
+        return InvalidInput(
+            f"This request alone does not fit in the memory of the device ({item.prompt_tokens} prompt tokens, "
+            f"{item.image_tokens} of them for images; max_tokens {item.request.max_tokens}). Lower max_tokens, send "
+            "smaller or fewer images, or have the model served at precision nf4.",
+            code="out_of_memory",
+            param="max_tokens",
+        )
+
+    def _free_memory(self) -> None:
+        if self._vision is not None:
+            self._vision.clear()
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif self._device.type == "mps":
+            torch.mps.empty_cache()
 
     def _thread_processor(self) -> Any:
         if not hasattr(self._local, "processor"):
@@ -164,25 +325,18 @@ class HFEngine(Engine):
             # Words of a prompt that spell a control token ("<|im_end|>", an image placeholder) stay plain words.
             sanitize_control_tokens=self._sanitizes,
             processor_kwargs=processor_kwargs,
+            **self._template_switches,
         )
         return dict(encoded)
 
-    def _place(self, value: torch.Tensor) -> torch.Tensor:
-        return value.to(self._device, self._dtype if value.is_floating_point() else value.dtype)
+    def _placed(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        return {
+            key: value.to(self._device, self._dtype if value.is_floating_point() else value.dtype)
+            for key, value in batch.items()
+        }
 
     def _join(self, prepared: Sequence[Prepared]) -> dict[str, torch.Tensor]:
-        """Requests encoded one by one -> one batch. Whatever runs along the tokens, (1, L), is padded on the left to
-        (B, longest); everything else (pixels, grids) is stacked on its first axis, zero-padded where shapes differ."""
-        joined: dict[str, torch.Tensor] = {}
-        for key in dict.fromkeys(key for item in prepared for key in item.tensors):
-            parts = [item.tensors[key] for item in prepared if key in item.tensors]
-            along_tokens = all(
-                key in item.tensors and item.tensors[key].shape == item.tensors["input_ids"].shape for item in prepared
-            )
-            target = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
-            fill = self._pad_id if key == "input_ids" else 0
-            joined[key] = torch.cat([_pad(part, target, fill, left=along_tokens) for part in parts])
-        return joined
+        return hf_batching.join(prepared, self._pad_id)
 
     def _process(self, prepared: Sequence[Prepared]) -> dict[str, torch.Tensor]:
         """The batch as the processor itself makes it: slower, as the device waits for it."""
@@ -199,64 +353,84 @@ class HFEngine(Engine):
             return False
         return True
 
-    def _joins_like_processor(self) -> bool:
-        """Whether `_join` gives just what the processor gives for two requests of unlike sizes and lengths."""
-        pictures = (Image.linear_gradient("L").convert("RGB"), Image.radial_gradient("L").convert("RGB"))
-        requests = [
-            CaptionRequest((pictures[0].resize((320, 96)),), "Describe the picture.", max_tokens=1),
-            CaptionRequest((pictures[1].resize((120, 200)),), "Describe the shape of the thing shown.", max_tokens=1),
+    def _probe(self) -> None:
+        """Find out, on three prompts over two unlike pictures, what this model and its processor allow."""
+        lines, rings = (Image.linear_gradient("L").convert("RGB"), Image.radial_gradient("L").convert("RGB"))
+        items = [
+            self.prepare(CaptionRequest((picture,), prompt, max_tokens=1))
+            for picture, prompt in (
+                (lines.resize((320, 96)), "Describe the picture."),
+                (rings.resize((120, 200)), "Describe the shape of the thing shown."),
+                (lines.resize((320, 96)), "Describe its texture."),
+            )
         ]
-        items = [self.prepare(request) for request in requests]
+        self._thought = opened_by(self._processor.tokenizer.decode(items[0].tensors["input_ids"][0].tolist()))
+        if self._thought:
+            logger.warning("engine %s: its prompts make it think before each text, which takes tokens", self.name)
+        self._collate: Callable[[Sequence[Prepared]], dict[str, torch.Tensor]] = self._join
+        if not self._joins_like_processor(items):
+            logger.warning(
+                "engine %s: its processor batches in a way of its own; batches are prepared by it", self.name
+            )
+            self._collate = self._process
+        if self.spec.compile:
+            self._assert_compiles(items)
+        keys = [key for item in items for key in item.image_keys]
+        self._vision = VisionReuse.probe(self._model, self._whole(items), keys, name=self.name)
+        self._shares_beginnings = self._collate == self._join and self._begins_as_whole(items)
+
+    def _begins_as_whole(self, items: Sequence[Prepared]) -> bool:
+        """Whether going on from a common beginning gives what whole prompts give."""
+        self._shares_beginnings = True
+        try:
+            with torch.inference_mode():
+                shared = self._begun(items)
+                reason = (
+                    "nothing to share"
+                    if shared is None
+                    else hf_prefix.difference(self._model, self._whole(items), shared)
+                )
+        except Exception as error:  # as above: architectures fail in ways of their own
+            reason = f"{type(error).__name__}: {error}"
+        if reason:
+            logger.warning("engine %s: every prompt is read from its beginning (%s)", self.name, reason)
+            return False
+        logger.info("engine %s: the prompts of a picture share what they begin with", self.name)
+        return True
+
+    def _assert_compiles(self, items: Sequence[Prepared]) -> None:
+        """The compiler starts with the first call: better at loading than at the first request."""
+        try:
+            with torch.inference_mode():
+                self._model.generate(**self._placed(self._collate(items)), max_new_tokens=3)
+        except Exception as error:  # a compiler that is missing or fails has its own kinds of errors on every platform
+            reason = " ".join(str(error).split())[:400]
+            raise InvalidInput(
+                f"Model {self.name!r} cannot be compiled here ({type(error).__name__}: {reason}). Set compile to "
+                "false, or install what is missing (a C++ compiler, Triton).",
+                code="compile_unavailable",
+                param="compile",
+            ) from error
+
+    def _joins_like_processor(self, items: Sequence[Prepared]) -> bool:
+        """Whether `_join` gives just what the processor gives for requests of unlike sizes and lengths."""
         own, reference = self._join(items), self._process(items)
         return own.keys() == reference.keys() and all(torch.equal(own[key], reference[key]) for key in own)
 
 
-def _assert_left_padded(batch: dict[str, torch.Tensor]) -> None:
-    assert bool(batch["attention_mask"][:, -1].all()), "prompts must be padded on the left"
+def _is_empty(raw: Raw) -> bool:
+    return not raw.text and not raw.broken and raw.error is None
 
 
-class _RowSampler(LogitsProcessor):
-    """(B, V) scores -> scores whose argmax is each row's next token at that row's temperature and seed."""
-
-    def __init__(self, prepared: Sequence[Prepared], device: torch.device) -> None:
-        temperatures = torch.tensor([item.temperature for item in prepared], dtype=torch.float32)
-        self._greedy = (temperatures <= 0).unsqueeze(1).to(device)
-        self._temperatures = temperatures.clamp_min(1e-4).unsqueeze(1).to(device)
-        self._all_greedy = bool((temperatures <= 0).all())
-        self._seeded = {
-            row: torch.Generator(device).manual_seed(item.seed)
-            for row, item in enumerate(prepared)
-            if item.seed is not None and item.temperature > 0
-        }
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self._all_greedy:
-            return scores
-        noise = torch.empty_like(scores, dtype=torch.float32).exponential_()
-        for row, generator in self._seeded.items():
-            noise[row].exponential_(generator=generator)
-        gumbel = -noise.clamp_min(torch.finfo(torch.float32).tiny).log()
-        return torch.where(self._greedy, scores, scores / self._temperatures + gumbel)
+def _reseeded(item: Prepared) -> Prepared:
+    seed = item.request.seed
+    other = None if seed is None else (seed ^ _ANOTHER_SEED) % 2**63
+    return replace(item, request=replace(item.request, seed=other))
 
 
-class _RowLimits(StoppingCriteria):
-    """Ends each row at its own max_tokens. `limits` (B,) counts from column `width`."""
-
-    def __init__(self, limits: torch.Tensor, width: int) -> None:
-        self._limits, self._width = limits, width
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return self._limits <= input_ids.shape[1] - self._width
-
-
-def _pad(part: torch.Tensor, target: Sequence[int], fill: int, *, left: bool) -> torch.Tensor:
-    """(n, *shape) -> (n, *target); new cells hold `fill` and lie before (`left`) or after the old ones."""
-    if list(part.shape[1:]) == list(target):
-        return part
-    padded = part.new_full((part.shape[0], *target), fill)
-    window = (slice(size - old, size) if left else slice(old) for old, size in zip(part.shape[1:], target, strict=True))
-    padded[(slice(None), *window)] = part
-    return padded
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """The allocator's own error, or that of a library which could not get memory from it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error).lower() for word in _MEMORY_WORDS)
 
 
 def _ids(value: int | list[int] | None) -> set[int]:

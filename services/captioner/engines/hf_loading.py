@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers.utils.chat_template_utils import _get_template_variables
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from services.captioner.engines.hub import locate
 from services.captioner.settings import EngineSpec, Precision
@@ -20,6 +22,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _QUANTIZED_LAYER = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}
 #: Bytes per parameter; the quantized ones leave embeddings and norms at 16 bits.
 _BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.25, "nf4": 0.75}
+_THINKING_SWITCHES = frozenset({"enable_thinking", "thinking"})
 _OVERHEAD = 1.2  # of the weights, for activations and the key-value cache ...
 _WORKSPACE = 1.5e9  # ... and this much besides, in bytes
 
@@ -76,8 +79,14 @@ def load(spec: EngineSpec, name: str) -> Loaded:
             param="precision",
         )
     dtype = _DTYPES.get(precision, torch.bfloat16)
+    attention = _attention(spec, device, dtype)
     processor = _processor(checkpoint.folder, spec.model)
-    model = _model(checkpoint.folder, spec.model, precision, dtype, device)
+    model = _model(checkpoint.folder, spec.model, precision, dtype, device, attention)
+    logger.info("engine %s: attention by %s", name, getattr(model.config, "_attn_implementation", "its own code"))
+    if spec.compile:
+        decoder = model.get_decoder()
+        # Sizes change with every batch and every token: one graph has to serve them all.
+        decoder.forward = torch.compile(decoder.forward, dynamic=True)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     return Loaded(model, processor, checkpoint.identity, precision, dtype, device, context)
 
@@ -97,6 +106,13 @@ def choose_device(wanted: str) -> torch.device:
             param="device",
         )
     return device
+
+
+def thinking_off(processor: Any) -> dict[str, bool]:
+    """The variables by which this processor's chat template is told that the model shall not think aloud."""
+    template = processor.chat_template
+    template = template["default"] if isinstance(template, dict) else template
+    return dict.fromkeys(_THINKING_SWITCHES & _get_template_variables(template), False)
 
 
 def choose_precision(
@@ -161,7 +177,31 @@ def _processor(folder: Path, model: str) -> Any:
     return processor
 
 
-def _model(folder: Path, name: str, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
+def _attention(spec: EngineSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+    if spec.attention != "flash_attention_2":
+        # Without a word the library takes sdpa, and "eager" for the few architectures that have nothing else.
+        return None if spec.attention == "sdpa" else spec.attention
+    lacking = [
+        what
+        for what, there in (
+            ("the package flash-attn (pip install flash-attn)", is_flash_attn_2_available()),
+            ("a CUDA device", device.type == "cuda"),
+            ("precision bf16, fp16, int8 or nf4", dtype != torch.float32),
+        )
+        if not there
+    ]
+    if lacking:
+        raise InvalidInput(
+            f"Attention 'flash_attention_2' needs {' and '.join(lacking)}. Provide that, or choose attention 'sdpa'.",
+            code="attention_unavailable",
+            param="attention",
+        )
+    return spec.attention
+
+
+def _model(
+    folder: Path, name: str, precision: str, dtype: torch.dtype, device: torch.device, attention: str | None
+) -> Any:
     quantization: dict[str, dict[str, Any]] = {
         "nf4": {
             "load_in_4bit": True,
@@ -179,6 +219,7 @@ def _model(folder: Path, name: str, precision: str, dtype: torch.dtype, device: 
             folder,
             dtype=dtype,
             device_map={"": device},
+            attn_implementation=attention,
             quantization_config=build_config(**quantization[precision]) if precision in quantization else None,
             use_safetensors=True,
             local_files_only=True,

@@ -19,9 +19,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Tokenizer
 
-from services.captioner.engines import build, hf, hf_loading, hub
+from services.captioner.engines import build, hf_batching, hf_loading, hub
 from services.captioner.engines.base import CaptionRequest, Generation
-from services.captioner.engines.hf import HFEngine, Prepared, _RowLimits, _RowSampler
+from services.captioner.engines.hf import HFEngine
+from services.captioner.engines.hf_batching import Prepared
+from services.captioner.engines.hf_sampling import RowLimits, RowSampler
 from services.captioner.settings import EngineSpec
 from shared.errors import CaptuneError, InvalidInput, Unavailable
 from tests import tiny_mllm
@@ -72,6 +74,12 @@ def test_batched_and_single_greedy_outputs_agree(engine: HFEngine) -> None:
     assert len({generation.prompt_tokens for generation in together}) == len(MIXED)  # so there was padding to do
 
 
+@pytest.mark.parametrize("precision", ["bf16", "nf4"])
+def test_batched_and_single_greedy_outputs_agree_in_few_bits(checkpoint: Path, precision: str) -> None:
+    engine = make(checkpoint, precision=precision)
+    assert run(engine, MIXED) == [run(engine, [request])[0] for request in MIXED]
+
+
 def test_right_padding_would_be_caught_and_would_change_the_output(
     engine: HFEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,7 +96,7 @@ def test_right_padding_would_be_caught_and_would_change_the_output(
     monkeypatch.setattr(engine, "_collate", right)
     with pytest.raises(AssertionError, match="padded on the left"):
         run(engine, MIXED)
-    monkeypatch.setattr(hf, "_assert_left_padded", lambda batch: None)
+    monkeypatch.setattr(hf_batching, "assert_left_padded", lambda batch: None)
     assert run(engine, MIXED) != expected
     monkeypatch.setattr(engine, "_collate", left)
     assert run(engine, MIXED) == expected
@@ -105,7 +113,7 @@ def test_batches_are_what_the_processor_would_have_made(engine: HFEngine) -> Non
 def test_processor_with_a_batching_of_its_own_is_given_the_batch(
     checkpoint: Path, engine: HFEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(HFEngine, "_joins_like_processor", lambda self: False)
+    monkeypatch.setattr(HFEngine, "_joins_like_processor", lambda self, items: False)
     fallback = make(checkpoint)
     assert fallback._collate == fallback._process
     assert run(fallback, MIXED) == run(engine, MIXED)
@@ -128,24 +136,41 @@ def test_rows_keep_their_own_temperature_seed_and_length(engine: HFEngine) -> No
 
 
 def test_a_row_is_done_at_its_own_limit() -> None:
-    done = _RowLimits(torch.tensor([2, 5, 3]), width=4)
-    assert [done(torch.zeros(3, 4 + n), None).tolist() for n in (1, 2, 3, 5)] == [
-        [False, False, False],
-        [True, False, False],
-        [True, False, True],
-        [True, True, True],
+    broken = torch.tensor([False, False, False, True])
+    done = RowLimits(torch.tensor([2, 5, 3, 9]), 4, broken)
+    assert [done(torch.zeros(4, 4 + n), None).tolist() for n in (1, 2, 3, 5)] == [
+        [False, False, False, True],
+        [True, False, False, True],
+        [True, False, True, True],
+        [True, True, True, True],
     ]
 
 
 def test_sampler_draws_from_the_softmax_at_each_rows_temperature() -> None:
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, float("-inf")])
+    logits = torch.tensor([2.0, float("-inf"), 1.0, 0.0, -1.0, float("-inf")])
     draws = 8_000
     for temperature in (0.5, 1.5):
-        rows = [Prepared({}, [], 0, 1, temperature, seed=5 if n == 0 else None) for n in range(draws)]
         torch.manual_seed(0)
-        chosen = _RowSampler(rows, torch.device("cpu"))(torch.empty(0), logits.expand(draws, -1)).argmax(dim=1)
-        found = torch.bincount(chosen, minlength=5) / draws
+        requests = [CaptionRequest((), "", 1, temperature, seed=5 if n == 0 else None) for n in range(draws)]
+        sampler = RowSampler(requests, 3, torch.device("cpu"))
+        chosen = sampler(torch.empty(draws, 3), logits.expand(draws, -1)).argmax(dim=1)
+        found = torch.bincount(chosen, minlength=6) / draws
         torch.testing.assert_close(found, (logits / temperature).softmax(0), rtol=0, atol=0.02)
+        assert found[1] == found[5] == 0
+        assert not sampler.broken.any()
+
+
+def test_sampler_at_the_ends_of_the_interval_and_at_scores_that_are_no_numbers() -> None:
+    nan, inf = float("nan"), float("inf")
+    requests = [CaptionRequest((), "", 1, 1.0)] * 6
+    sampler = RowSampler(requests, 3, torch.device("cpu"))
+    sampler._numbers = torch.tensor([[0.0], [1 - 2**-24], [0.5], [0.5], [0.5], [0.5]])
+    scores = torch.tensor(
+        [[-inf, 3.0, 1.0, -inf], [-inf, 3.0, 1.0, -inf], [nan, 1, 1, 1], [inf, 1, 1, 1], [-inf] * 4, [-inf, 2, -inf, 0]]
+    )
+    chosen = sampler(torch.empty(6, 3), scores).argmax(dim=1)
+    assert chosen[:2].tolist() == [1, 2]  # a token of probability 0 is never drawn
+    assert sampler.broken.tolist() == [False, False, True, True, True, False]
 
 
 def test_texts_end_at_the_end_token(tmp_path: Path) -> None:
@@ -159,11 +184,11 @@ def test_texts_end_at_the_end_token(tmp_path: Path) -> None:
         assert outcome.completion_tokens <= 60
         assert not any(token in outcome.text for token in ("<|im_end|>", "<|endoftext|>"))
     end = min(engine._end_ids)
-    item = Prepared({}, [], 3, 5, 0.0, None)
-    assert engine._cut([9, 8, end, engine._pad_id, engine._pad_id], item).ids == [9, 8]
-    assert engine._cut([9, 8, end, 1, 1], item).completion_tokens == 3
-    assert engine._cut([9, 8, 7, 6, 5, 4], item) == engine._cut([9, 8, 7, 6, 5, end], item)
-    assert engine._cut([9, 8, 7, 6, 5, 4], item).reason == "length"
+    item = engine.prepare(CaptionRequest((), "describe", max_tokens=5))
+    assert engine._read([9, 8, end, engine._pad_id, engine._pad_id], item, None).tokens == 3
+    assert engine._read([9, 8, end, 1, 1], item, None).text == engine._read([9, 8, end], item, None).text
+    assert engine._read([9, 8, 7, 6, 5, 4], item, None) == engine._read([9, 8, 7, 6, 5, end], item, None)
+    assert engine._read([9, 8, 7, 6, 5, 4], item, None).reason == "length"
 
 
 def test_control_tokens_in_a_prompt_are_plain_words(engine: HFEngine) -> None:
@@ -216,9 +241,12 @@ def test_quantized_for_real_on_the_cpu(checkpoint: Path, precision: str, layer: 
     assert len(layers) == 24  # every linear layer of both towers but the output head
     assert all(module.weight.dtype == getattr(torch, dtype) for module in layers)
     if precision == "nf4":
-        state = layers[0].weight.quant_state
+        # The CPU's kernel unfolds the second quantization at its first call, so it is seen before that.
+        fresh = hf_loading.load(engine.spec, "tiny").model
+        layer_4bit = next(module for module in fresh.modules() if type(module).__name__ == layer)
+        state = layer_4bit.weight.quant_state
         assert (state.quant_type, state.nested) == ("nf4", True)
-        assert layers[0].compute_dtype == torch.bfloat16
+        assert layer_4bit.compute_dtype == torch.bfloat16
     outcomes = run(engine, MIXED)
     assert [outcome.completion_tokens for outcome in outcomes] == [12, 20, 7, 16, 20]
     assert all(outcome.text for outcome in outcomes)
@@ -226,7 +254,9 @@ def test_quantized_for_real_on_the_cpu(checkpoint: Path, precision: str, layer: 
     assert f" {precision} " in engine.revision
 
 
-def test_revision_follows_weights_precision_and_pixels(checkpoint: Path, engine: HFEngine, tmp_path: Path) -> None:
+def test_revision_follows_weights_precision_pixels_and_attention(
+    checkpoint: Path, engine: HFEngine, tmp_path: Path
+) -> None:
     assert make(checkpoint).revision == engine.revision
     other = tiny_mllm.build(tmp_path / "tiny", seed=1)
     revisions = {
@@ -234,8 +264,9 @@ def test_revision_follows_weights_precision_and_pixels(checkpoint: Path, engine:
         make(other).revision,
         make(checkpoint, precision="bf16").revision,
         make(checkpoint, max_pixels=4096).revision,
+        make(checkpoint, attention="eager").revision,
     }
-    assert len(revisions) == 4
+    assert len(revisions) == 5
     assert engine.revision.startswith("tiny@sha256:")
 
 

@@ -1,0 +1,129 @@
+"""The prompts of one picture begin alike: the picture, then the same words. That common beginning is read once.
+
+A batch of B requests with U distinct beginnings is prefilled as U rows; the key-value cache is then spread over the B
+rows and `generate` goes on with the ends, in which the prompts of a picture differ. Saved is the work of the vision
+tower and of the decoder's prefill for every prompt of a picture but the first: for three prompts nearly two thirds of
+both. What differs is the order of floating-point sums, nothing else.
+
+    columns:   padding | beginning | padding | end        the mask is 0 where there is padding
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from services.captioner.engines.hf_batching import Prepared, join
+
+#: The two ways sum in another order: by this much of the scores' norm they may differ, more at 16 bits.
+_TOLERANCE, _TOLERANCE_16_BITS = 1e-3, 0.1
+_WORTHWHILE = 0.75  # of the rows: with more distinct beginnings than this, spreading the cache costs what it saves
+
+
+@dataclass(frozen=True)
+class Plan:
+    """representatives (U): a request for each distinct beginning; beginning_of (B): which of them a request has;
+    cuts (B): tokens of each request's beginning."""
+
+    representatives: list[int]
+    beginning_of: list[int]
+    cuts: list[int]
+
+
+def plan(ids: Sequence[Sequence[int]], pictures: Sequence[Hashable], image_token: int) -> Plan | None:
+    """What B prompts (token ids of any lengths) over the given pictures can share; None if it is not worth it."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for row, picture in enumerate(pictures):
+        groups[picture].append(row)
+    cuts = {row: _common([ids[r] for r in rows]) for rows in groups.values() if len(rows) > 1 for row in rows}
+    longest = max((len(ids[row]) - cut for row, cut in cuts.items()), default=0)
+    for row, tokens in enumerate(ids):  # one that shares nothing may as well be cut where the others are
+        if row not in cuts:
+            cuts[row] = min(max(len(tokens) - longest, _after_pictures(tokens, image_token), 1), len(tokens) - 1)
+    if any(cut < max(1, _after_pictures(ids[row], image_token)) for row, cut in cuts.items()):
+        return None  # a picture belongs to the beginning as a whole
+    found: dict[Hashable, int] = {}
+    representatives: list[int] = []
+    beginning_of: list[int] = []
+    for row, (tokens, picture) in enumerate(zip(ids, pictures, strict=True)):
+        beginning = (picture, tuple(tokens[: cuts[row]]))
+        if beginning not in found:
+            found[beginning] = len(representatives)
+            representatives.append(row)
+        beginning_of.append(found[beginning])
+    if len(representatives) > _WORTHWHILE * len(ids):
+        return None
+    return Plan(representatives, beginning_of, [cuts[row] for row in range(len(ids))])
+
+
+def beginnings(prepared: Sequence[Prepared], made: Plan, pad_id: int) -> dict[str, torch.Tensor]:
+    """The U distinct beginnings as one left-padded batch, pictures included."""
+    return join([_part(prepared[row], slice(made.cuts[row])) for row in made.representatives], pad_id)
+
+
+def whole_rows(prepared: Sequence[Prepared], made: Plan, pad_id: int) -> dict[str, torch.Tensor]:
+    """ids and mask of all B rows, in the columns that `beginnings` and the ends take; no pictures."""
+    texts = [
+        replace(item, tensors={key: item.tensors[key] for key in ("input_ids", "attention_mask")}) for item in prepared
+    ]
+    first = join([_part(item, slice(cut)) for item, cut in zip(texts, made.cuts, strict=True)], pad_id)
+    ends = join([_part(item, slice(cut, None)) for item, cut in zip(texts, made.cuts, strict=True)], pad_id)
+    return {key: torch.cat([first[key], ends[key]], dim=1) for key in first}
+
+
+def prefill(model: Any, batch: dict[str, torch.Tensor], made: Plan) -> DynamicCache:
+    """Read `beginnings` (on the device); returns a cache of B rows, for `generate` to go on from with `whole_rows`.
+
+    Models with multimodal rotary positions keep an offset per row (`rope_deltas`) between calls: it is spread too.
+    """
+    cache = DynamicCache(config=model.config.get_text_config())
+    # One token is drawn and thrown away: `generate` knows how to make each architecture's positions and masks.
+    model.generate(**batch, past_key_values=cache, max_new_tokens=1)
+    index = torch.tensor(made.beginning_of, device=batch["input_ids"].device)
+    cache.batch_select_indices(index)
+    inner = model.base_model
+    if getattr(inner, "rope_deltas", None) is not None:
+        inner.rope_deltas = inner.rope_deltas[index]
+    return cache
+
+
+def difference(model: Any, whole: dict[str, Any], shared: dict[str, Any]) -> str | None:
+    """Why prompts may not be begun together on this model, or None: the scores of the first two new tokens are compared
+    between `generate` on `whole` (all of every row) and on `shared` (ids, mask and what `prefill` returned)."""
+    answers = [
+        model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, output_scores=True, return_dict_in_generate=True)
+        for inputs in (whole, shared)
+    ]
+    same = answers[0].sequences[:, -2] == answers[1].sequences[:, -2]  # else the second step follows another token
+    wide = model.dtype == torch.float32
+    for step, rows in enumerate((slice(None), same)):
+        expected, found = (answer.scores[step][rows].float() for answer in answers)
+        # A score that is switched off is the same -inf in both.
+        expected, found = (scores.masked_fill(scores.isinf(), 0) for scores in (expected, found))
+        distance = float((expected - found).norm() / expected.norm().clamp_min(1e-9))
+        if not distance <= (_TOLERANCE if wide else _TOLERANCE_16_BITS):
+            return f"scores of new token {step + 1} differ by {distance:.2g} of their norm"
+    return None
+
+
+def _part(item: Prepared, columns: slice) -> Prepared:
+    """The same request with only these of its tokens; pictures stay whole."""
+    along = item.tensors["input_ids"].shape
+    return replace(item, tensors={k: v[:, columns] if v.shape == along else v for k, v in item.tensors.items()})
+
+
+def _after_pictures(tokens: Sequence[int], image_token: int) -> int:
+    return max((place + 1 for place, token in enumerate(tokens) if token == image_token), default=0)
+
+
+def _common(rows: Sequence[Sequence[int]]) -> int:
+    """Length of the longest common beginning, short of a whole row: something has to be left to go on from."""
+    length = 0
+    for tokens in zip(*rows, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        length += 1
+    return min(length, min(map(len, rows)) - 1)
