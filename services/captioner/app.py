@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -13,7 +14,7 @@ from services.captioner.settings import CaptionerSettings
 from shared.config import CoreSettings
 from shared.core import Core
 from shared.cpu import share_cores
-from shared.errors import Unavailable
+from shared.health import NotReady
 from shared.logging import configure
 from shared.web import create_api
 
@@ -38,12 +39,12 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     for batcher in app.state.batchers.values():
         batcher.start()
 
-    def model_loaded() -> None:
+    def model_loaded() -> dict[str, Any]:
+        detail = {name: batcher.status() for name, batcher in app.state.batchers.items()}
         for name, batcher in app.state.batchers.items():
-            if batcher.error is not None:
-                raise Unavailable(f"{name}: {batcher.error}")
             if not batcher.ready:
-                raise Unavailable(f"{name} is loading")
+                raise NotReady(f"{name}: {batcher.error}" if batcher.error else f"{name} is {batcher.state}", detail)
+        return detail
 
     app.state.readiness["model"] = model_loaded
     try:

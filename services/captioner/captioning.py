@@ -1,205 +1,127 @@
-"""The caption job: every image of a split, one call per characteristic, committed in chunks. Repeating any step is
-harmless: a caption is unique by (image, key)."""
+"""The caption job: every image of a selection, one call per characteristic and sample, written in batches. Repeating
+any step is harmless: a caption is unique by (image, key), and what the job has already it does not ask for again.
 
-import hashlib
-import json
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from io import BytesIO
+    captioning (this) -> flow -> planning, reuse (what to ask) -> asking -> remote (the captioner) ; writing (the rows)
+"""
+
+import asyncio
+from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import func, select
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import Integer, cast, func, select
 from sqlalchemy.orm import Session
 
-from services.captioner.prompts import caption_prompt, clean, flags
-from services.captioner.remote import Captioner, Reply
+from services.captioner.asking import Asker
+from services.captioner.flow import Flow, Outcome, watched
+from services.captioner.planning import Selection, count_images, select_images, take_over
+from services.captioner.quality.inspect import Inspector
+from services.captioner.quality.passes import mark_duplicates, measure_agreement
+from services.captioner.remote import CaptionClient, Captioner
+from services.captioner.reuse import Surveyor
 from services.captioner.settings import CaptionWorkerSettings
-from shared.datasets.images import decode
-from shared.datasets.lookup import draw_shots, split_images
-from shared.db.models import Caption, CaptionJobItem, Image
+from services.captioner.transfer.importing import import_captions
+from services.captioner.writing import unlink_other_revisions
+from shared.clip_tokens import token_counter
+from shared.datasets.lookup import display_names
+from shared.db.models import Caption, CaptionJobItem, Dataset
 from shared.errors import InvalidInput
-from shared.ids import new_id
 from shared.jobs.claim import Claim
 from shared.jobs.worker import Finish
 from shared.schemas.captions import CaptionJobRequest
-from shared.templates import display_name
 
-CHUNK = 32  # images per commit
-KEPT_FAILURES = 100
-BROWSER_TYPES = ("image/jpeg", "image/png", "image/webp")  # other formats are sent as PNG
+Connect = Callable[[CaptionWorkerSettings], CaptionClient]
 
 
-@dataclass(frozen=True)
-class Wanted:
-    image: Image
-    characteristic: str
-    prompt: str
-    key: str
-
-
-def caption(claim: Claim) -> Finish:
+def caption(claim: Claim, settings: CaptionWorkerSettings | None = None, connect: Connect = Captioner) -> Finish:
+    """The task of kind "caption". `connect`: how to reach the captioner."""
+    if claim.request.get("source") == "import":
+        return import_captions(claim)
     request = CaptionJobRequest.model_validate(claim.request)
-    settings = CaptionWorkerSettings()
     with claim.core.transaction() as session:
-        images, _ = draw_shots(
-            split_images(session, request.dataset_id, request.split), request.shots, request.shot_seed
-        )
-    if not images:
-        raise InvalidInput(f"the split '{request.split}' has no images to caption", code="empty_split", param="split")
-    failures: list[dict[str, str]] = []
-    failed = 0
-    with Captioner(settings.captioner_url, settings.service_token.get_secret_value(), claim.check) as remote:
-        model = remote.model(request.engine)
-        with ThreadPoolExecutor(settings.caption_concurrency) as pool:
-            for start in range(0, len(images), CHUNK):
-                claim.check()
-                claim.progress("captioning", start, len(images))
-                chunk = [wanted for image in images[start : start + CHUNK] for wanted in _wanted(image, request, model)]
-                todo = _missing(claim, chunk)
-                answers = list(pool.map(lambda w: _ask(claim, remote, request, model, w), todo))
-                rows = [
-                    _row(claim, model, request, w, answer)
-                    for w, answer in zip(todo, answers, strict=True)
-                    if isinstance(answer, Reply)
-                ]
-                for w, answer in zip(todo, answers, strict=True):
-                    if isinstance(answer, InvalidInput):
-                        failed += 1
-                        failures.append({"path": w.image.path, "code": answer.code, "message": answer.message})
-                with claim.transaction() as session:
-                    _write(session, claim.id, chunk, rows)
-                    if rows:  # walking over what is there already is no progress, or attempts would have no bound
-                        claim.advanced(session)
-    claim.progress("captioning", len(images), len(images))
-    return lambda session: _summary(session, claim, request, model, len(images), failed, failures[:KEPT_FAILURES])
+        names = display_names(session.get_one(Dataset, request.dataset_id))
+    core = claim.core.settings
+    inspector = Inspector(
+        token_counter(request.clip_model, core.model_cache, core.model_roots),
+        list(names.values()),
+        shear_tokens=request.shear_tokens,
+        language=request.language,
+    )
+    work = _work(claim, request, names, inspector, settings or CaptionWorkerSettings(), connect)
+    model, outcome = asyncio.run(work)
+    mark_duplicates(claim, claim.id)
+    if request.agreement:
+        measure_agreement(claim, claim.id, request.clip_model)
+    return lambda session: _result(session, claim, request, model, outcome)
 
 
-def _wanted(image: Image, request: CaptionJobRequest, model: dict[str, Any]) -> list[Wanted]:
-    assert request.domain is not None  # filled at submission
-    found = []
-    for characteristic in request.characteristics:
-        prompt = caption_prompt(display_name(image.class_name), request.domain, characteristic, request.words)
-        identity = [prompt, request.engine, model["revision"], _generation(request)]
-        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        found.append(Wanted(image, characteristic, prompt, key))
-    return found
-
-
-def _generation(request: CaptionJobRequest) -> dict[str, Any]:
-    """Parameters of the generation; two tokens a word leave room to end the sentence."""
-    return {"temperature": request.temperature, "seed": request.seed, "max_tokens": 2 * request.words + 20}
-
-
-def _missing(claim: Claim, chunk: Sequence[Wanted]) -> list[Wanted]:
-    """Those not written yet, by this job or an earlier one."""
-    with claim.core.transaction() as session:
-        query = select(Caption.image_id, Caption.key).where(Caption.image_id.in_({w.image.id for w in chunk}))
-        have = {(image_id, key) for image_id, key in session.execute(query)}
-    return [w for w in chunk if (w.image.id, w.key) not in have]
-
-
-def _ask(
-    claim: Claim, remote: Captioner, request: CaptionJobRequest, model: dict[str, Any], wanted: Wanted
-) -> Reply | InvalidInput:
-    """A refusal of one image is an answer, not the end of the job."""
-    metadata = {
-        "class_name": display_name(wanted.image.class_name),
-        "domain": str(request.domain),
-        "characteristic": wanted.characteristic,
-        "words": str(request.words),
-    }
-    data, media_type = _sendable(claim.core.store.read_blob(wanted.image.sha256), wanted.image.media_type)
-    try:
-        return remote.caption(
-            request.engine,
-            model["revision"],
-            data,
-            media_type,
-            wanted.prompt,
-            metadata=metadata,
-            **_generation(request),
-        )
-    except InvalidInput as refused:
-        return refused
-
-
-def _sendable(data: bytes, media_type: str) -> tuple[bytes, str]:
-    if media_type in BROWSER_TYPES:
-        return data, media_type
-    out = BytesIO()
-    decode(data).save(out, "PNG")
-    return out.getvalue(), "image/png"
-
-
-def _row(
-    claim: Claim, model: dict[str, Any], request: CaptionJobRequest, wanted: Wanted, reply: Reply
-) -> dict[str, Any]:
-    text = clean(reply.text)
-    provenance = {
-        "prompt": wanted.prompt,
-        "engine": request.engine,
-        "revision": model["revision"],
-        "precision": model["precision"],
-        **_generation(request),
-        "finish_reason": reply.finish_reason,
-        "prompt_tokens": reply.prompt_tokens,
-        "completion_tokens": reply.completion_tokens,
-        "milliseconds": reply.milliseconds,
-        "job_id": claim.id,
-        "attempt": claim.attempt,
-        "raw": reply.text,
-    }
-    return {
-        "id": new_id("cpt"),
-        "owner": claim.owner,
-        "dataset_id": request.dataset_id,
-        "image_id": wanted.image.id,
-        "key": wanted.key,
-        "characteristic": wanted.characteristic,
-        "text": text,
-        "flags": flags(text),
-        "provenance": provenance,
-    }
-
-
-def _write(session: Session, job_id: str, chunk: Sequence[Wanted], rows: Sequence[dict[str, Any]]) -> None:
-    if rows:
-        session.execute(insert(Caption).on_conflict_do_nothing(), rows)
-    wanted = {(w.image.id, w.key) for w in chunk}
-    query = select(Caption.id, Caption.image_id, Caption.key).where(Caption.image_id.in_({w.image.id for w in chunk}))
-    items = [{"job_id": job_id, "caption_id": i} for i, image, key in session.execute(query) if (image, key) in wanted]
-    if items:
-        session.execute(insert(CaptionJobItem).on_conflict_do_nothing(), items)
-
-
-def _summary(
-    session: Session,
+async def _work(
     claim: Claim,
     request: CaptionJobRequest,
-    model: dict[str, Any],
-    images: int,
-    failed: int,
-    failures: list[dict[str, str]],
+    names: dict[str, str],
+    inspector: Inspector,
+    settings: CaptionWorkerSettings,
+    connect: Connect,
+) -> tuple[dict[str, Any], Outcome]:
+    async with connect(settings) as remote, watched(claim):
+        model = await remote.model(request.engine)
+        selection, total = await asyncio.to_thread(_prepare, claim, request, model)
+        if not total and request.redo is None:
+            raise InvalidInput(
+                f"the split '{request.split}' has no images to caption", code="empty_split", param="split"
+            )
+        surveyor = Surveyor(request, model, names, claim.owner, claim.id)
+        asker = Asker(request, model, inspector, remote, {"job_id": claim.id, "attempt": claim.attempt})
+        flow = Flow(claim, selection, total, surveyor, asker, settings.caption_concurrency)
+        return model, await flow.run()
+
+
+def _prepare(claim: Claim, request: CaptionJobRequest, model: dict[str, Any]) -> tuple[Selection, int]:
+    """The images, and how many. What the job has of another model, or takes over, is settled first."""
+    with claim.transaction() as session:
+        if claim.attempt > 1:
+            unlink_other_revisions(session, claim.id, model["revision"], only_own=request.redo is not None)
+        if request.redo is not None:
+            take_over(session, request.redo, claim.id)
+        selection = select_images(session, request, claim.id)
+        return selection, count_images(session, selection)
+
+
+def _result(
+    session: Session, claim: Claim, request: CaptionJobRequest, model: dict[str, Any], outcome: Outcome
 ) -> dict[str, Any]:
-    mine = Caption.provenance["job_id"].astext == claim.id
-    flagged = func.cardinality(Caption.flags) > 0
-    query = select(func.count(), func.count().filter(mine), func.count().filter(flagged)).select_from(Caption)
-    query = query.join(CaptionJobItem, CaptionJobItem.caption_id == Caption.id).where(CaptionJobItem.job_id == claim.id)
-    captions, written, set_aside = session.execute(query).one()
+    """Counted over the captions that the job delivered, whichever attempt or job wrote them."""
+    provenance = Caption.provenance
+    mine = (provenance["job_id"].astext == claim.id) & provenance["reused_from"].is_(None)
+    query = (
+        select(
+            func.count(),
+            func.count().filter(mine),
+            func.count().filter(cast(provenance["reasks"].astext, Integer) > 0),
+            func.count().filter(provenance["trimmed"].astext == "true"),
+        )
+        .select_from(Caption)
+        .join(CaptionJobItem, CaptionJobItem.caption_id == Caption.id)
+        .where(CaptionJobItem.job_id == claim.id)
+    )
+    captions, written, reasked, trimmed = session.execute(query).one()
     if not captions:
         raise InvalidInput(
-            f"the captioner refused all {failed} requests; the first: {failures[0]['message']}",
+            f"the captioner refused all {outcome.failed} requests; the first: {outcome.failures[0]['message']}",
             code="nothing_captioned",
         )
+    each = select(func.unnest(Caption.flags).label("flag"))
+    each = each.join(CaptionJobItem, CaptionJobItem.caption_id == Caption.id)
+    flag = each.where(CaptionJobItem.job_id == claim.id).subquery().c.flag
+    flags = session.execute(select(flag, func.count()).group_by(flag).order_by(flag))
     return {
-        "images": images,
+        "images": outcome.images,
         "captions": captions,
         "written": written,
         "reused": captions - written,
-        "flagged": set_aside,
-        "failed": failed,
-        "failures": failures,
+        "failed": outcome.failed,
+        "failures": outcome.failures,
+        "reasked": reasked,
+        "trimmed": trimmed,
+        "flags": {name: count for name, count in flags},
         "captioner": {"engine": request.engine, "revision": model["revision"], "precision": model["precision"]},
     }

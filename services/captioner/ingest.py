@@ -44,7 +44,10 @@ def ingest(claim: Claim) -> Finish:
                 session.get_one(Dataset, claim.id).report = archive.report.as_dict()
             raise
     if any(item.caption for item in layout.items):
-        text = "The metadata holds captions; they are not used: caption the data set with a caption job."
+        text = (
+            "The metadata holds captions; they are not imported with the images. POST the same metadata file to "
+            "/v1/caption_jobs/import with this data set's id ('captune captions import') to train on them."
+        )
         archive.report.notices.append(Notice("captions_not_imported", text))
 
     def finish(session: Session) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
@@ -43,6 +43,19 @@ class Message(_Strict):
     name: str | None = None
 
 
+class StreamOptions(_Strict):
+    include_usage: bool | None = Field(None, description="The last chunk tells the tokens.")
+    include_obfuscation: bool | None = Field(None, description="Accepted and not used.")
+
+
+_StopWord = Annotated[str, Field(min_length=1, max_length=200)]
+_MOST_STOPS = 4
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
 class ChatRequest(_Strict):
     """What is not listed here is refused rather than ignored, as it could change the answer."""
 
@@ -52,8 +65,25 @@ class ChatRequest(_Strict):
     max_completion_tokens: int | None = Field(None, ge=1, le=4096)
     temperature: float | None = Field(None, ge=0, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    n: int | None = Field(None, ge=1, description="Only 1 is served.")
-    stream: bool | None = Field(None, description="Only false is served.")
+    n: int | None = Field(
+        None, ge=1, le=16, description="Samples. Where a seed is given, it is counted up by one each."
+    )
+    stop: Annotated[
+        list[_StopWord] | None,
+        BeforeValidator(_listed),
+        Field(max_length=_MOST_STOPS),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "string"},
+                    {"type": "array", "items": {"type": "string"}, "maxItems": _MOST_STOPS},
+                    {"type": "null"},
+                ]
+            }
+        ),
+    ] = Field(None, description="The text ends before the first of these.")
+    stream: bool | None = Field(None, description="Server-sent events, one `chat.completion.chunk` each.")
+    stream_options: StreamOptions | None = None
     metadata: dict[str, Annotated[str, Field(max_length=512)]] | None = Field(
         None, max_length=16, description="Handed to the engine: class_name, domain, characteristic, words."
     )
@@ -73,10 +103,24 @@ class Choice(BaseModel):
     logprobs: None = None
 
 
+class PromptTokensDetails(BaseModel):
+    image_tokens: int = Field(description="Of the prompt tokens, those that stand for images.")
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+    @classmethod
+    def of(cls, read: int, written: int, image_tokens: int) -> "Usage":
+        return cls(
+            prompt_tokens=read,
+            completion_tokens=written,
+            total_tokens=read + written,
+            prompt_tokens_details=PromptTokensDetails(image_tokens=image_tokens),
+        )
 
 
 class ChatCompletion(BaseModel):
@@ -89,11 +133,36 @@ class ChatCompletion(BaseModel):
     system_fingerprint: str = Field(description="The engine's revision: same fingerprint, same weights and precision.")
 
 
+class Delta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(BaseModel):
+    index: int
+    delta: Delta
+    finish_reason: FinishReason | None
+    logprobs: None
+
+
+class ChatCompletionChunk(BaseModel):
+    """What is not set is not sent."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+
 class Served(BaseModel):
     engine: str
     revision: str
     precision: str
     ready: bool
+    captions_per_second: float | None = Field(description="Measured; null until the model is ready.")
 
 
 class ModelCard(BaseModel):

@@ -112,8 +112,11 @@ def caption_request(dataset_id: str, split: str = "train") -> dict[str, Any]:
     return {"dataset_id": dataset_id, "split": split}
 
 
-def add_caption(core: Core, image: Image, job_id: str, text: str = "a soft coat", key: str = "k") -> str:
+def add_caption(
+    core: Core, image: Image, job_id: str, text: str = "a soft coat", key: str = "k", **columns: Any
+) -> str:
     id = new_id("txt")
+    values = {"characteristic": "visual", "clip_tokens": 12, "provenance": {"engine": "attributes"}}
     with core.transaction() as session:
         session.add(
             Caption(
@@ -122,9 +125,8 @@ def add_caption(core: Core, image: Image, job_id: str, text: str = "a soft coat"
                 dataset_id=image.dataset_id,
                 image_id=image.id,
                 key=key,
-                characteristic="visual",
                 text=text,
-                provenance={"engine": "attributes"},
+                **values | columns,
             )
         )
         session.flush()

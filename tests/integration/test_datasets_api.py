@@ -6,7 +6,8 @@ import pytest
 from sqlalchemy import select
 
 from shared.core import Core
-from shared.db.models import Caption, Classifier, Image, Job
+from shared.datasets.lookup import display_names
+from shared.db.models import Caption, Classifier, Dataset, Image, Job
 from shared.jobs.worker import Runner
 from tests.integration.factories import (
     add_caption,
@@ -131,6 +132,75 @@ def test_deleting_takes_images_and_captions_and_leaves_classifiers(api: Api, cor
     assert {job["dataset_id"] for job in api.anna.get("/v1/fine_tuning/jobs").json()["data"]} == {id}
 
 
+def edit(api: Api, id: str, **body: Any) -> Any:
+    return api.anna.patch(f"/v1/datasets/{id}", json=body)
+
+
+def test_classes_are_given_names_for_their_codes(api: Api, core: Core) -> None:
+    id = add_dataset(core)
+    answer = edit(api, id, display_names={"cat": "  Maine  Coon "})
+    assert answer.status_code == 200, answer.text
+    named = [{"name": "cat", "display_name": "Maine Coon"}, {"name": "dog", "display_name": "dog"}]
+    assert answer.json()["classes"] == named
+    assert edit(api, id, name=" pets of 2024 ").json()["name"] == "pets of 2024"
+    assert edit(api, id, display_names={"cat": "dog", "dog": "cat"}).status_code == 200  # both at once: no collision
+    body = api.anna.get(f"/v1/datasets/{id}").json()
+    assert (body["name"], [c["display_name"] for c in body["classes"]]) == ("pets of 2024", ["dog", "cat"])
+    with core.transaction() as session:
+        assert display_names(session.get_one(Dataset, id)) == {"cat": "dog", "dog": "cat"}
+
+
+def test_names_of_classes_belong_to_the_fingerprint(api: Api, core: Core) -> None:
+    """Prompts and prefixes say them: runs before and after are not ranked together."""
+    id = add_dataset(core, images=2)
+    found = [edit(api, id, display_names={"cat": name}).json()["fingerprint"] for name in ("tom", "cat", "tom", "puss")]
+    assert found[0] == found[2]
+    assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ({"display_names": {"bird": "robin"}}, "unknown_class"),
+        ({"display_names": {"cat": "dog"}}, "class_names_collide"),
+        ({"display_names": {"cat": "DOG"}}, "class_names_collide"),
+        ({"display_names": {"cat": "a-b", "dog": "a b"}}, "class_names_collide"),
+        ({"display_names": {"cat": "  "}}, "bad_class_name"),
+        ({"display_names": {"cat": "-_"}}, "bad_class_name"),
+        ({"display_names": {"cat": "x" * 201}}, "bad_class_name"),
+        ({"display_names": {"cat": "a\tb"}}, "bad_class_name"),
+        ({"display_names": {"cat": None}}, "invalid_request"),
+        ({"name": "  "}, "invalid_request"),
+        ({"name": "x" * 201}, "invalid_request"),
+        ({"domain": "birds"}, "invalid_request"),
+        ({}, "invalid_request"),
+    ],
+)
+def test_names_that_tell_nothing_apart_are_refused(api: Api, core: Core, body: dict[str, Any], code: str) -> None:
+    id = add_dataset(core)
+    answer = edit(api, id, **body)
+    assert (answer.status_code, answer.json()["code"]) == (422, code), answer.text
+    shown = api.anna.get(f"/v1/datasets/{id}").json()
+    assert (shown["name"], [c["display_name"] for c in shown["classes"]]) == ("pets", ["cat", "dog"])
+
+
+def test_classes_keep_their_names_while_a_job_uses_them(api: Api, core: Core) -> None:
+    id = add_dataset(core)
+    job_id = add_job(core, request=caption_request(id), dataset_id=id)
+    for status in ("queued", "running", "paused"):
+        change_job(core, job_id, status=status)
+        answer = edit(api, id, display_names={"cat": "tabby"}, name="renamed")
+        assert (answer.status_code, answer.json()["code"]) == (409, "in_use")
+        assert job_id in answer.json()["detail"]
+        assert api.anna.get(f"/v1/datasets/{id}").json()["name"] == "pets"  # all of an edit or nothing
+    assert edit(api, id, name="renamed").status_code == 200  # no prompt holds the data set's name
+    change_job(core, job_id, status="succeeded")
+    assert edit(api, id, display_names={"cat": "tabby"}).status_code == 200
+    ingesting = add_dataset(core, status="running", classes=None)
+    assert edit(api, ingesting, display_names={"cat": "tabby"}).json()["code"] == "dataset_not_ready"
+    assert api.reader.patch(f"/v1/datasets/{id}", json={"name": "mine"}).status_code == 403
+
+
 def test_a_classifier_being_scored_is_not_deleted(api: Api, core: Core) -> None:
     id = add_classifier(core, add_dataset(core), {"top1": 0.5})
     core.store.put_bytes(f"classifiers/{id}/weights", b"w")
@@ -152,10 +222,10 @@ def test_a_data_set_that_is_not_ready_cannot_be_used(api: Api, core: Core, statu
 
 
 def test_a_caption_job_takes_the_domain_from_the_data_set(api: Api, core: Core) -> None:
-    body = {"dataset_id": add_dataset(core, domain="flowers"), "characteristics": ["color", "shape", "color"]}
-    made = api.anna.post("/v1/caption_jobs", json=body).json()
+    made = api.anna.post("/v1/caption_jobs", json={"dataset_id": add_dataset(core, domain="flowers")}).json()
     assert made["request"]["domain"] == "flowers"
-    assert made["request"]["characteristics"] == ["color", "shape"]
+    body = {"dataset_id": made["dataset_id"], "domain": "roses"}
+    assert api.anna.post("/v1/caption_jobs", json=body).json()["request"]["domain"] == "roses"
     assert api.anna.post("/v1/caption_jobs", json=body | {"characteristics": []}).status_code == 422
 
 

@@ -22,7 +22,10 @@ from tests.integration.factories import (
 from tests.integration.support import Api
 
 # Bodies of the routes that need one to get as far as looking for the thing.
-BODIES: dict[tuple[str, str], dict[str, object]] = {}
+BODIES: dict[tuple[str, str], dict[str, object]] = {
+    ("PATCH", "/v1/datasets/{id}"): {"name": "ours", "display_names": {"cat": "ours"}},
+    ("PATCH", "/v1/captions/{id}"): {"text": "ours", "excluded": True},
+}
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Belongings:
     dataset: str
     image: str
     caption_job: str
+    caption: str
     fine_tuning_job: str
     classifier: str
     evaluation: str
@@ -41,6 +45,7 @@ class Belongings:
             "/v1/datasets/": self.dataset,
             "/v1/images/": self.image,
             "/v1/caption_jobs/": self.caption_job,
+            "/v1/captions/": self.caption,
             "/v1/fine_tuning/jobs/": self.fine_tuning_job,
             "/v1/classifiers/": self.classifier,
             "/v1/evaluations/": self.evaluation,
@@ -55,12 +60,12 @@ def annas(core: Core) -> Belongings:
         image = session.scalars(select(Image).order_by(Image.id)).first()
     assert image is not None
     caption_job = add_job(core, "caption", request=caption_request(dataset), dataset_id=dataset, status="succeeded")
-    add_caption(core, image, caption_job)
+    caption = add_caption(core, image, caption_job)
     fine_tuning_job = add_job(core, "fine_tune", request=fine_tune_request(dataset), dataset_id=dataset)
     add_checkpoint(core, fine_tuning_job)
     classifier = add_classifier(core, dataset, {"top1": 0.5})
     evaluation = add_job(core, "evaluate", request={"classifier_id": classifier, "split": "val"}, dataset_id=dataset)
-    return Belongings(dataset, image.id, caption_job, fine_tuning_job, classifier, evaluation)
+    return Belongings(dataset, image.id, caption_job, caption, fine_tuning_job, classifier, evaluation)
 
 
 def operations(app: FastAPI, *, with_id: bool) -> list[tuple[str, str]]:
@@ -89,10 +94,15 @@ def test_another_owners_ids_are_404_in_every_route(api: Api, app: FastAPI, annas
 def test_bens_tries_changed_nothing(api: Api, core: Core, annas: Belongings) -> None:
     for action in ("cancel", "pause", "resume"):
         api.ben.post(f"/v1/fine_tuning/jobs/{annas.fine_tuning_job}/{action}")
+    api.ben.patch(f"/v1/datasets/{annas.dataset}", json={"name": "ours", "display_names": {"cat": "ours"}})
+    api.ben.patch(f"/v1/captions/{annas.caption}", json={"text": "ours"}, headers={"If-Match": "*"})
     api.ben.delete(f"/v1/datasets/{annas.dataset}")
     api.ben.delete(f"/v1/classifiers/{annas.classifier}")
     assert read_job(core, annas.fine_tuning_job).status == "queued"
-    assert api.anna.get(f"/v1/datasets/{annas.dataset}").status_code == 200
+    dataset = api.anna.get(f"/v1/datasets/{annas.dataset}").json()
+    assert (dataset["name"], dataset["classes"][0]["display_name"]) == ("pets", "cat")
+    caption = api.anna.get(f"/v1/captions/{annas.caption}").json()
+    assert (caption["text"], caption["version"]) == ("a soft coat", 1)
     assert api.anna.get(f"/v1/classifiers/{annas.classifier}").status_code == 200
 
 
@@ -122,10 +132,17 @@ def test_what_a_query_or_a_body_names_is_looked_for_among_ones_own(api: Api, cor
     assert answer.status_code == 404
     for path, body in {
         "/v1/caption_jobs": {"dataset_id": annas.dataset},
+        "/v1/caption_jobs/preview": {"dataset_id": annas.dataset, "live": True},
         "/v1/fine_tuning/jobs": {"dataset_id": annas.dataset, "method": {"type": "zero_shot"}},
         "/v1/evaluations": {"classifier_id": annas.classifier},
     }.items():
         assert api.ben.post(path, json=body).status_code == 404, path
+    for body in ({}, {"caption_ids": [annas.caption]}):
+        redo = {"dataset_id": bens, "redo": {"caption_job_id": annas.caption_job, **body}}
+        assert api.ben.post("/v1/caption_jobs", json=redo).status_code == 404
+        assert api.ben.post("/v1/caption_jobs/preview", json=redo).status_code == 404
+    for name, theirs in {"image_id": annas.image, "q": "coat", "class_name": "cat"}.items():
+        assert api.ben.get(f"/v1/datasets/{bens}/captions", params={name: theirs}).json()["data"] == []
     body = {"dataset_id": bens, "caption_job_id": annas.caption_job, "method": {"type": "mmft"}}
     assert api.ben.post("/v1/fine_tuning/jobs", json=body).status_code == 404
     for path in ("/v1/caption_jobs", "/v1/fine_tuning/jobs", "/v1/evaluations"):

@@ -1,139 +1,171 @@
 """The caption worker's client against a real server that misbehaves: what is the request's fault, and what is not."""
 
-import json
+import asyncio
 import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select
 
-from services.captioner import captioning
-from services.captioner.remote import Captioner
-from shared.core import Core
-from shared.db.models import Caption
+from services.captioner.remote import Captioner, Reply, encode_picture
+from services.captioner.settings import CaptionWorkerSettings
 from shared.errors import InvalidInput, Unavailable
-from shared.jobs import Cancelled
-from shared.jobs.worker import Runner
-from shared.schemas.captions import CaptionJobRequest
-from tests.integration.factories import LONG_AGO, add_dataset, add_job, change_job, events_of, read_job
+from tests.integration.captioner_server import Answer, Asked, CaptionerServer, captioner_server
 
-Answer = tuple[int, Any]
-Serve = Callable[..., str]
+PICTURE = encode_picture(b"image", "image/png")
 
 
 @pytest.fixture
-def serve() -> Iterator[Serve]:
-    """A server that gives these answers in turn, the last one for ever. Returns its URL."""
-    servers = []
-
-    def start(*answers: Answer) -> str:
-        left = list(answers)
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                status, body = left.pop(0) if len(left) > 1 else left[0]
-                data = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            do_GET = do_POST
-
-            def log_message(self, *_: object) -> None: ...
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+def server() -> Iterator[CaptionerServer]:
+    with captioner_server() as running:
+        yield running
 
 
-def completion(text: str, revision: str = "r1") -> Answer:
-    choice = {"message": {"content": text}, "finish_reason": "stop"}
-    usage = {"prompt_tokens": 7, "completion_tokens": 3}
-    return 200, {"choices": [choice], "usage": usage, "system_fingerprint": revision}
+def in_turn(*answers: Answer) -> Callable[[Asked], Answer]:
+    """These, the last one for ever."""
+    return lambda asked: answers[min(asked.number, len(answers)) - 1]
 
 
-def card(ready: bool) -> Answer:
-    return 200, {
-        "data": [{"id": "m", "captune": {"engine": "hf", "revision": "r1", "precision": "nf4", "ready": ready}}]
-    }
+def client(url: str, patience: float = 2.0, concurrency: int = 8) -> Captioner:
+    settings = CaptionWorkerSettings(captioner_url=url, service_token="token", caption_concurrency=concurrency)
+    return Captioner(settings, patience)
 
 
-def ask(url: str, patience: float = 1.5, check: Callable[[], None] = lambda: None) -> str:
-    with Captioner(url, "token", check, patience) as remote:
-        return remote.caption("m", "r1", b"image", "image/png", "describe").text
+def ask(server: CaptionerServer, patience: float = 2.0, **options: Any) -> Reply:
+    return asyncio.run(_ask(client(server.url, patience), ["describe"], **options))[0]
 
 
-def refusal(status: int) -> Answer:
-    return status, {"error": {"message": "the server's own words", "code": "why"}}
+async def _ask(captioner: Captioner, prompts: Sequence[str], **options: Any) -> list[Reply]:
+    async with captioner:
+        asked = (captioner.caption("m", "r1", PICTURE, prompt, **options) for prompt in prompts)
+        return await asyncio.gather(*asked)
+
+
+def test_a_request_carries_the_picture_the_prompt_and_the_options(server: CaptionerServer) -> None:
+    reply = ask(server, seed=3, metadata={"class_name": "cat", "characteristic": "shape"})
+    (asked,) = server.asked
+    assert (asked.prompt, asked.picture) == ("describe", "data:image/png;base64,aW1hZ2U=")
+    assert {name: asked.body[name] for name in ("model", "seed")} == {"model": "m", "seed": 3}
+    assert (reply.finish_reason, reply.prompt_tokens, reply.completion_tokens) == ("stop", 7, 3)
+    assert reply.milliseconds > 0
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
-def test_a_refused_request_is_final_and_keeps_the_servers_words(serve: Serve, status: int) -> None:
+def test_a_refused_request_is_final_and_keeps_the_servers_words(server: CaptionerServer, status: int) -> None:
+    server.answer = in_turn(Answer(status=status), Answer("never reached"))
     with pytest.raises(InvalidInput, match="the server's own words") as error:
-        ask(serve(refusal(status), completion("never reached")))
-    assert error.value.code == "why"
+        ask(server)
+    assert (error.value.code, server.calls) == ("why", 1)
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 502, 503])
-def test_a_failure_of_the_server_is_not_an_images_refusal(serve: Serve, status: int) -> None:
-    assert ask(serve(refusal(status), completion("a red bird"))) == "a red bird"
-    with pytest.raises(Unavailable, match=f"answered {status}"):
-        ask(serve(refusal(status)), patience=0.5)
+GARBAGE = [b"", b"<html>", b"[]", b"null", b'{"choices": []}', b'{"choices": [{"message": {"content": ["a"]}}]}']
+
+
+@pytest.mark.parametrize("failure", [*(Answer(status=s) for s in (401, 403, 404, 429, 500, 502, 503)), *GARBAGE])
+def test_a_failure_of_the_server_is_not_an_images_refusal(server: CaptionerServer, failure: Answer | bytes) -> None:
+    failed = Answer(body=failure) if isinstance(failure, bytes) else failure
+    server.answer = in_turn(failed, Answer("a red bird"))
+    assert ask(server).text == "a red bird"
+    server.answer = lambda _: failed
+    with pytest.raises(Unavailable, match=f"answered {failed.status if failed.status != 200 else 'with something'}"):
+        ask(server, patience=0.3)
+
+
+def test_a_body_that_is_cut_off_is_asked_for_again(server: CaptionerServer) -> None:
+    cut = Answer(body=b'{"choices', headers={"Content-Length": "9000", "Connection": "close"})
+    server.answer = in_turn(cut, Answer("a red bird"))
+    assert ask(server).text == "a red bird"
 
 
 def test_a_server_that_is_away_is_waited_for_within_patience() -> None:
     with pytest.raises(Unavailable, match="cannot be reached"):
-        ask("http://127.0.0.1:9", patience=0.5)
+        asyncio.run(_ask(client("http://127.0.0.1:9", 0.5), ["describe"]))
 
 
-def test_a_cancelled_job_does_not_wait(serve: Serve) -> None:
-    def cancelled() -> None:
-        raise Cancelled
+def test_a_retry_waits_as_long_as_the_server_says(server: CaptionerServer) -> None:
+    server.answer = in_turn(Answer(status=429, headers={"Retry-After": "1"}), Answer("a red bird"))
+    began = time.monotonic()
+    assert ask(server).text == "a red bird"
+    assert 1.0 <= time.monotonic() - began < 2.5
 
-    with pytest.raises(Cancelled):
-        ask(serve(refusal(503)), patience=60, check=cancelled)
+
+def test_too_many_requests_lower_how_many_are_in_flight(server: CaptionerServer) -> None:
+    """A server that takes two at a time: nobody is given up, and the limit comes near what it takes."""
+
+    def two_at_a_time(asked: Asked) -> Answer:
+        if server.in_flight > 2:
+            return Answer(status=429, headers={"Retry-After": "1"})
+        time.sleep(0.01)
+        return Answer("a red bird")
+
+    server.answer = two_at_a_time
+    captioner = client(server.url, patience=5.0, concurrency=32)
+    options = {"metadata": {"characteristic": "shape", "class_name": "cat"}}
+    replies = asyncio.run(_ask(captioner, ["describe"] * 60, **options))
+    assert [reply.text for reply in replies] == ["a red bird"] * 60
+    assert captioner.slots.limit < 32
+    assert server.most_in_flight <= 32
 
 
-def test_a_replaced_model_writes_no_caption_under_the_old_revision(serve: Serve) -> None:
+def test_a_request_that_always_fails_while_others_are_answered_is_refused(server: CaptionerServer) -> None:
+    server.answer = lambda asked: Answer("a red bird") if asked.prompt == "good" else Answer(status=500)
+
+    async def both() -> str:
+        async with client(server.url, patience=1.0) as captioner:
+            bad = asyncio.create_task(captioner.caption("m", "r1", PICTURE, "bad"))
+            while not bad.done():
+                assert (await captioner.caption("m", "r1", PICTURE, "good")).text == "a red bird"
+                await asyncio.sleep(0.05)
+            with pytest.raises(InvalidInput, match="answered 500 each time") as error:
+                await bad
+            return error.value.code
+
+    assert asyncio.run(both()) == "captioner_failed"
+
+
+def test_a_replaced_model_writes_no_caption_under_the_old_revision(server: CaptionerServer) -> None:
+    server.revision, server.answer = "r2", in_turn(Answer("a red bird"))
     with pytest.raises(Unavailable, match="was replaced"):
-        ask(serve(completion("a red bird", revision="r2")))
+        ask(server)
 
 
-def test_text_that_a_database_cannot_hold_is_made_so(serve: Serve) -> None:
-    assert ask(serve(completion("a\0b\ud800c"))) == "a\ufffdb\ufffdc"
+def test_text_that_a_database_cannot_hold_is_made_so(server: CaptionerServer) -> None:
+    server.answer = in_turn(Answer("a\0b\ud800c"))
+    assert ask(server).text == "a\ufffdb\ufffdc"
 
 
-def test_a_loading_model_is_waited_for_and_an_unknown_one_named(serve: Serve) -> None:
-    with Captioner(serve(card(False), card(True)), "token", lambda: None) as remote:
-        assert remote.model("m")["precision"] == "nf4"
-        with pytest.raises(InvalidInput, match="it serves: m"):
-            remote.model("other")
+def test_a_cancelled_request_hangs_up_at_once(server: CaptionerServer) -> None:
+    asked, release = threading.Event(), threading.Event()
+
+    def hang(_: Asked) -> Answer:
+        asked.set()
+        release.wait(20)
+        return Answer()
+
+    server.answer = hang
+
+    async def cancelled() -> None:
+        async with client(server.url) as captioner:
+            task = asyncio.create_task(captioner.caption("m", "r1", PICTURE, "describe"))
+            await asyncio.to_thread(asked.wait)
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled()
+
+    began = time.monotonic()
+    asyncio.run(cancelled())
+    release.set()
+    assert time.monotonic() - began < 2
 
 
-def test_attempts_that_write_no_caption_are_bounded(core: Core, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Walking over captions that an earlier attempt wrote is no progress: it must not wipe the failures."""
-    ok, replaced = completion("a red bird"), completion("a red bird", revision="r2")
-    url = serve(card(True), ok, ok, replaced, card(True), replaced)  # the third image never gets its caption
-    monkeypatch.setenv("CAPTUNE_CAPTIONER_URL", url)
-    monkeypatch.setenv("CAPTUNE_SERVICE_TOKEN", "token")
-    monkeypatch.setattr(captioning, "CHUNK", 1)
-    dataset_id = add_dataset(core, images=2)
-    request = CaptionJobRequest(dataset_id=dataset_id, engine="m", characteristics=["visual"], domain="pets")
-    job_id = add_job(core, "caption", request=request.model_dump(), dataset_id=dataset_id)
-    for failures in (1, 2):
-        Runner(core, "caption", "test").run(job_id)
-        job = read_job(core, job_id)
-        assert (job.status, job.failures) == ("queued", failures), events_of(core, job_id)[-1].message
-        with core.transaction() as session:
-            assert session.scalar(select(func.count()).select_from(Caption)) == 2
-        change_job(core, job_id, run_after=LONG_AGO)
+def test_a_loading_model_is_waited_for_and_an_unknown_one_named(server: CaptionerServer) -> None:
+    server.loading = 1
+
+    async def look() -> None:
+        async with client(server.url) as captioner:
+            assert (await captioner.model("m"))["precision"] == "nf4"
+            with pytest.raises(InvalidInput, match="it serves: m"):
+                await captioner.model("other")
+
+    asyncio.run(look())

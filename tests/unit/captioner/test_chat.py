@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +25,14 @@ class Describe(Engine):
     """Tells back what it was given."""
 
     precision = "fp32"
+    warms_up = False
 
     def __init__(self) -> None:
         super().__init__(EngineSpec(max_batch=4, max_pixels=4096), "describe")
         self.gate = threading.Event()
         self.gate.set()
         self.requests: list[CaptionRequest] = []
+        self.broken_seed: int | None = None
 
     def load(self) -> None:
         self.revision = "describe-1"
@@ -40,11 +43,13 @@ class Describe(Engine):
     def generate(self, prepared: Sequence[CaptionRequest]) -> list[CaptionRequest]:
         self.requests += prepared
         self.gate.wait()
+        if self.broken_seed is not None and self.broken_seed in [request.seed for request in prepared]:
+            raise RuntimeError(f"no seed {self.broken_seed}")
         return list(prepared)
 
     def finish(self, raw: CaptionRequest) -> Generation:
         sizes = " ".join(f"{image.mode}{image.width}x{image.height}" for image in raw.images)
-        return Generation(f"{raw.prompt}|{sizes}", "stop", 7, 3)
+        return Generation(f"{raw.prompt}|{sizes}", "length", 7, 3, image_tokens=4)
 
 
 @pytest.fixture
@@ -117,15 +122,72 @@ def test_answer_has_openai_shape(chat: Callable[..., httpx.Response]) -> None:
     assert (body["object"], body["model"], body["system_fingerprint"]) == ("chat.completion", "describe", "describe-1")
     (choice,) = body["choices"]
     assert choice["message"] == {"role": "assistant", "content": "What is it?|RGB32x16", "refusal": None}
-    assert (choice["index"], choice["finish_reason"]) == (0, "stop")
-    assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    assert (choice["index"], choice["finish_reason"]) == (0, "length")
+    usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    assert body["usage"] == {**usage, "prompt_tokens_details": {"image_tokens": 4}}
 
 
 def test_every_setting_of_the_request_reaches_the_engine(chat: Callable[..., httpx.Response], engine: Describe) -> None:
-    chat("hi", max_completion_tokens=9, temperature=1.5, seed=-4, metadata={"class_name": "pug"}, n=1, stream=False)
+    fields = {"max_completion_tokens": 9, "temperature": 1.5, "seed": -4, "metadata": {"class_name": "pug"}}
+    chat("hi", **fields, n=1, stream=False, stop=["\n", "."])
     (got,) = engine.requests
+    assert got.stop == ("\n", ".")
+    assert got.on_text is None  # nobody listens
     assert (got.prompt, got.max_tokens, got.temperature, got.seed) == ("hi", 9, 1.5, -4)
     assert got.metadata == {"class_name": "pug"}
+
+
+def test_samples_differ_in_their_seeds_and_the_prompt_is_counted_once(
+    chat: Callable[..., httpx.Response], engine: Describe
+) -> None:
+    body = chat("hi", n=3, seed=2**63 - 2).json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    assert sorted(request.seed or 0 for request in engine.requests) == [-(2**63), 2**63 - 2, 2**63 - 1]
+    usage = {"prompt_tokens": 7, "completion_tokens": 9, "total_tokens": 16}
+    assert body["usage"] == {**usage, "prompt_tokens_details": {"image_tokens": 4}}
+    engine.requests.clear()
+    chat("hi", n=2)
+    assert [request.seed for request in engine.requests] == [None, None]
+
+
+def test_one_sample_that_fails_fails_the_request(chat: Callable[..., httpx.Response], engine: Describe) -> None:
+    engine.broken_seed = 12
+    response = chat("hi", n=3, seed=11)
+    assert response.status_code == 500
+    assert "no seed 12" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "reason"),
+    [("y", "he", "stop"), (["?", "you", "the"], "hey ", "stop"), ("not there", "hey there, you|", "length")],
+)
+def test_the_text_ends_before_the_first_stop_also_where_the_engine_ignores_it(
+    chat: Callable[..., httpx.Response], stop: str | list[str], text: str, reason: str
+) -> None:
+    (choice,) = chat("hey there, you", stop=stop).json()["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (text, reason)
+
+
+def test_a_stream_has_openai_shape(chat: Callable[..., httpx.Response]) -> None:
+    response = chat("hi", stream=True, stream_options={"include_usage": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *events, end = response.text.removesuffix("\n\n").split("\n\n")
+    assert end == "data: [DONE]"
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert len({(chunk["id"], chunk["created"]) for chunk in chunks}) == 1
+    common = {"object": "chat.completion.chunk", "model": "describe", "system_fingerprint": "describe-1"}
+    assert all(common.items() <= chunk.items() for chunk in chunks)
+    plain = {"index": 0, "finish_reason": None, "logprobs": None}
+    assert [chunk["choices"] for chunk in chunks] == [
+        [{**plain, "delta": {"role": "assistant", "content": ""}}],
+        [{**plain, "delta": {"content": "hi|"}}],
+        [{**plain, "delta": {}, "finish_reason": "length"}],
+        [],
+    ]
+    usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    usages = [None, None, None, {**usage, "prompt_tokens_details": {"image_tokens": 4}}]
+    assert [chunk["usage"] for chunk in chunks] == usages
+    assert '"usage"' not in chat("hi", stream=True).text
 
 
 def test_system_text_and_several_parts_form_one_prompt(send: Callable[..., httpx.Response], engine: Describe) -> None:
@@ -185,8 +247,12 @@ def test_bad_pictures_are_refused_by_name_and_place(
 
 
 BAD_FIELDS: list[tuple[dict[str, Any], str, str | None]] = [
-    ({"n": 2}, "unsupported_value", "n"),
-    ({"stream": True}, "unsupported_value", "stream"),
+    ({"n": 17}, "invalid_value", "n"),
+    ({"stop": [""]}, "invalid_value", "stop.0"),
+    ({"stop": list("abcde")}, "invalid_value", "stop"),
+    ({"stop": 5}, "invalid_value", "stop"),
+    ({"stream_options": {"include_usage": True}}, "unsupported_value", "stream_options"),
+    ({"stream": True, "stream_options": {"speed": 2}}, "unsupported_parameter", "stream_options.speed"),
     ({"temperature": 3}, "invalid_value", "temperature"),
     ({"max_tokens": 0}, "invalid_value", "max_tokens"),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "invalid_value", "max_tokens"),
@@ -286,13 +352,8 @@ def test_client_that_hangs_up_frees_its_place(app: FastAPI, engine: Describe) ->
             sent.append(message)
 
         headers = [(b"content-type", b"application/json"), (b"host", b"c")]
-        scope: dict[str, Any] = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": "POST",
-            "scheme": "http",
-        }
+        scope: dict[str, Any] = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST"}
+        scope |= {"scheme": "http"}
         scope |= {"path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions", "query_string": b""}
         await app({**scope, "headers": headers, "client": ("c", 1), "server": ("s", 80)}, receive, send)
 
@@ -322,7 +383,7 @@ def test_model_list_tells_engine_revision_and_readiness(send: Callable[..., http
     assert (card["id"], card["object"], card["owned_by"]) == ("describe", "model", "captune")
     assert card["created"] > 1_500_000_000
     expected = {"engine": "attributes", "revision": "describe-1", "precision": "fp32", "ready": True}
-    assert card["captune"] == expected
+    assert card["captune"] == {**expected, "captions_per_second": None}  # it does not warm up
     assert send("GET", "/v1/models/describe").json() == card
     assert error_of(send("GET", "/v1/models/nope"))["code"] == "model_not_found"
 

@@ -1,28 +1,34 @@
-"""REST: data sets, their images, caption jobs and captions."""
+"""REST: data sets and their images."""
 
 import hashlib
 import json
-from typing import Annotated, Any
+from collections import Counter
+from collections.abc import Mapping
+from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, File, Form, Query, Response, UploadFile
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shared.auth import Principal, Reader, Writer
+from shared.auth import Reader, Writer
+from shared.datasets import classes
 from shared.datasets.archive import sniff
-from shared.datasets.lookup import get_dataset, usable_dataset
-from shared.db.models import FINAL, Caption, CaptionJobItem, Dataset, Image, Job
-from shared.errors import Conflict, NotFound
+from shared.datasets.checks import fingerprint
+from shared.datasets.classes import Split
+from shared.datasets.lookup import display_names, get_dataset, usable_dataset
+from shared.datasets.report import listed
+from shared.db.models import FINAL, Dataset, Image, Job
+from shared.errors import Conflict, InvalidInput, NotFound
 from shared.ids import new_id
 from shared.jobs import ledger
-from shared.jobs.routes import SubmissionDep, get_job, job_routes
+from shared.jobs.routes import SubmissionDep, job_routes
 from shared.paging import page
-from shared.schemas import captions as caption_schema
 from shared.schemas import common
 from shared.schemas import datasets as schema
+from shared.templates import display_name
 from shared.web import After, CoreDep, Limit
 
-router = APIRouter(prefix="/v1", tags=["captioner"])
+router = APIRouter()
 
 
 def render_dataset(session: Session, job: Job) -> schema.Dataset:
@@ -77,16 +83,67 @@ def _digest(file: Any) -> tuple[str, int]:
     return digest, size
 
 
+@router.patch("/datasets/{id}", response_model=schema.Dataset, summary="Rename a data set, or its classes in prompts")
+def edit_dataset(id: str, body: schema.DatasetEdit, core: CoreDep, who: Writer) -> Any:
+    """Display names are what prompts and prefixes call a class whose folder has a code for a name. Captions written
+    before keep their text and what was measured of it; classifiers made before are ranked no more, as the data set's
+    fingerprint is another. Display names are refused (409) before the ingestion has ended
+    and while a job uses the data set: its prompts would be mixed."""
+    with core.transaction() as session:
+        row = get_dataset(session, who, id, lock=True)
+        if body.name is not None:
+            row.name = body.name
+        if body.display_names is not None:
+            usable_dataset(session, who, id)
+            _refuse_in_use(session, id)
+            names = _renamed(display_names(row), body.display_names)
+            row.classes = [{"name": folder, "display_name": name} for folder, name in names.items()]
+            row.fingerprint = _fingerprint(session, id, names)
+        session.flush()
+        return render_dataset(session, session.get_one(Job, id))
+
+
+def _renamed(names: Mapping[str, str], changes: Mapping[str, str]) -> dict[str, str]:
+    """Class name -> display name after the changes. Raises InvalidInput where captions could not tell classes apart."""
+    if unknown := sorted(changes.keys() - names.keys()):
+        raise InvalidInput(
+            f"the data set has no class {listed(unknown)}; display names are given by class name, as in its 'classes'",
+            code="unknown_class",
+            param="display_names",
+        )
+    changed = {**names, **{folder: " ".join(classes.class_name(name).split()) for folder, name in changes.items()}}
+    uses = Counter(changed.values())
+    if same := sorted(folder for folder, name in changed.items() if uses[name] > 1):
+        raise InvalidInput(
+            f"the classes {listed(same)} would be called alike; give each class a display name of its own",
+            code="class_names_collide",
+            param="display_names",
+        )
+    classes.check_distinct(changed.values())
+    return changed
+
+
+def _fingerprint(session: Session, id: str, names: Mapping[str, str]) -> str:
+    given = {folder: folder if name == display_name(folder) else f"{folder}\0{name}" for folder, name in names.items()}
+    query = select(Image.path, Image.sha256, Image.class_name, Image.split).where(Image.dataset_id == id)
+    rows = session.execute(query.execution_options(yield_per=10_000))
+    return fingerprint((path, sha256, given[folder], cast(Split, split)) for path, sha256, folder, split in rows)
+
+
+def _refuse_in_use(session: Session, id: str) -> None:
+    busy = session.scalars(select(Job.id).where(Job.dataset_id == id, Job.status.not_in(FINAL)).limit(5)).all()
+    if busy:
+        raise Conflict(
+            f"{id} is in use by {', '.join(busy)}; cancel these jobs or wait for them", code="in_use", param="id"
+        )
+
+
 @router.delete("/datasets/{id}", status_code=204, summary="Delete a data set, its images and captions")
 def delete_dataset(id: str, core: CoreDep, who: Writer) -> None:
     """Refused while a job uses it. Classifiers made from it stay, with their scores."""
     with core.transaction() as session:
         row = get_dataset(session, who, id, lock=True)
-        busy = session.scalars(select(Job.id).where(Job.dataset_id == id, Job.status.not_in(FINAL)).limit(5)).all()
-        if busy:
-            raise Conflict(
-                f"{id} is in use by {', '.join(busy)}; cancel these jobs or wait for them", code="in_use", param="id"
-            )
+        _refuse_in_use(session, id)
         session.delete(row)
         session.flush()
         for job in session.scalars(select(Job).where(Job.dataset_id == id, Job.kind.in_(("ingest", "caption")))):
@@ -132,67 +189,3 @@ def image_content(id: str, core: CoreDep, who: Reader) -> Response:
         "ETag": f'"{row.sha256}"',
     }
     return Response(core.store.read_blob(row.sha256), media_type=row.media_type, headers=headers)
-
-
-def render_caption_job(_: Session, job: Job) -> caption_schema.CaptionJob:
-    life = common.JobResource.model_validate(job).model_dump()
-    return caption_schema.CaptionJob(**life, dataset_id=job.dataset_id, request=job.request, result=job.result)
-
-
-@router.post(
-    "/caption_jobs", status_code=202, response_model=caption_schema.CaptionJob, summary="Caption a split of a data set"
-)
-def create_caption_job(body: caption_schema.CaptionJobRequest, submission: SubmissionDep) -> Any:
-    return submission.accept(body.model_dump_json(), lambda s: _submit(s, submission.who, body), render_caption_job)
-
-
-def _submit(session: Session, who: Principal, body: caption_schema.CaptionJobRequest) -> str:
-    dataset = usable_dataset(session, who, body.dataset_id, lock=True)
-    if body.domain is None:
-        body = body.model_copy(update={"domain": dataset.domain})
-    if len(set(body.characteristics)) != len(body.characteristics):
-        body = body.model_copy(update={"characteristics": list(dict.fromkeys(body.characteristics))})
-    job = ledger.create(
-        session,
-        id=new_id("cap"),
-        kind="caption",
-        owner=dataset.owner,
-        request=body.model_dump(),
-        dataset_id=dataset.id,
-    )
-    return job.id
-
-
-router.include_router(job_routes("caption", "/caption_jobs", render_caption_job, caption_schema.CaptionJob))
-
-
-@router.get("/datasets/{id}/captions", response_model=common.Page[caption_schema.Caption], summary="Captions")
-def list_captions(
-    id: str,
-    core: CoreDep,
-    who: Reader,
-    after: After = None,
-    limit: Limit = 100,
-    caption_job_id: Annotated[str | None, Query(max_length=100)] = None,
-    class_name: Annotated[str | None, Query(max_length=500)] = None,
-) -> Any:
-    with core.transaction() as session:
-        get_dataset(session, who, id)
-        query = select(Caption).where(Caption.dataset_id == id)
-        if caption_job_id is not None:
-            get_job(session, who, "caption", caption_job_id)
-            query = query.join(CaptionJobItem, CaptionJobItem.caption_id == Caption.id).where(
-                CaptionJobItem.job_id == caption_job_id
-            )
-        if class_name is not None:
-            query = query.join(Image, Image.id == Caption.image_id).where(Image.class_name == class_name)
-        rows, more = page(session, query, Caption.id, after, limit, ascending=True)
-        ids = {row.image_id for row in rows}
-        images = {image.id: image for image in session.scalars(select(Image).where(Image.id.in_(ids)))}
-    data = [_caption(row, images[row.image_id]) for row in rows]
-    return common.Page.of(data, more)
-
-
-def _caption(row: Caption, image: Image) -> caption_schema.Caption:
-    columns = {c.key: getattr(row, c.key) for c in Caption.__table__.columns}
-    return caption_schema.Caption(**columns, path=image.path, class_name=image.class_name)

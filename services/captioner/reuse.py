@@ -1,0 +1,160 @@
+"""What a job finds done already, so that no model output is paid for twice.
+
+The very caption, of the same image: the job takes it as it is, edits included. The same question asked about the same
+bytes elsewhere among the owner's data sets: the answer is copied. Nothing is ever taken from another owner."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from sqlalchemy import func, select, text
+from sqlalchemy.orm import Session
+
+from services.captioner.planning import Picture, Wanted, asks, to_redo
+from shared.db.models import Caption, CaptionJobItem
+from shared.schemas.captions import CaptionJobRequest, Redo
+from shared.templates import display_name
+
+# One row per question, however many images have the same bytes.
+_ANSWERED = text("""
+    SELECT wanted.sha256, wanted.asked, found.id, found.job_id, found.provenance
+    FROM unnest(CAST(:sha256 AS text[]), CAST(:asked AS text[])) AS wanted(sha256, asked)
+    CROSS JOIN LATERAL (
+        SELECT captions.id, captions.provenance->>'job_id' AS job_id, captions.provenance
+        FROM images JOIN captions ON captions.image_id = images.id
+        WHERE images.sha256 = wanted.sha256 AND images.owner = :owner AND captions.owner = :owner
+          AND starts_with(captions.key, wanted.asked)
+        LIMIT 1
+    ) AS found
+""")
+
+
+class Answer(NamedTuple):
+    """A caption that holds the answer to a question."""
+
+    caption_id: str
+    job_id: str | None
+    provenance: dict[str, Any]
+
+
+class _There(NamedTuple):
+    id: str
+    image_id: str
+    characteristic: str
+    jobs: set[str]  # whose caption it is
+
+
+@dataclass
+class Survey:
+    """What a page of images still needs."""
+
+    images: int
+    todo: list[tuple[Picture, list[Wanted]]] = field(default_factory=list)  # to ask the model for
+    links: list[str] = field(default_factory=list)  # captions that are there and become the job's
+    copies: list[tuple[Wanted, Answer]] = field(default_factory=list)
+    have: int = 0  # captions that are the job's already
+
+
+class Surveyor:
+    """`names`: display names by class. `job_id`: None before there is a job (a preview)."""
+
+    def __init__(
+        self,
+        request: CaptionJobRequest,
+        model: dict[str, Any],
+        names: Mapping[str, str],
+        owner: str,
+        job_id: str | None = None,
+    ) -> None:
+        self._request, self._model, self._names = request, model, names
+        self._owner, self._job_id = owner, job_id
+        self._asks: dict[str, list[tuple[str, str, int, str]]] = {}
+
+    def display_name(self, class_name: str) -> str:
+        return self._names.get(class_name) or display_name(class_name)
+
+    def wanted(self, image: Picture) -> list[Wanted]:
+        """An image's captions; prompts and keys are made once per class."""
+        found = self._asks.get(image.class_name)
+        if found is None:
+            found = asks(self._request, self._model, self.display_name(image.class_name))
+            if len(self._asks) == 256:
+                self._asks.clear()  # classes come in any order and number
+            self._asks[image.class_name] = found
+        return [Wanted(image, *each) for each in found]
+
+    def survey(self, session: Session, images: Sequence[Picture]) -> Survey:
+        """A few queries, whatever the number of images."""
+        survey = Survey(len(images))
+        there = self._there(session, images)
+        pages = [(image, self.wanted(image)) for image in images]
+        again: set[str] = set()
+        if self._request.redo is not None:
+            again = self._to_redo(session, self._request.redo, there)
+            about = {(each.image_id, each.characteristic) for each in there.values() if each.id in again}
+            pages = [(image, [w for w in wanted if (image.id, w.characteristic) in about]) for image, wanted in pages]
+        missing: list[tuple[Picture, list[Wanted]]] = []
+        for image, wanted in pages:
+            lacking: list[Wanted] = []
+            for each in wanted:
+                found = there.get((image.id, each.key))
+                if found is not None and self._job_id in found.jobs:
+                    survey.have += 1
+                elif self._request.mode == "overwrite" or (found is not None and found.id in again):
+                    lacking.append(each._replace(replaces=True))
+                elif found is not None:
+                    survey.links.append(found.id)
+                else:
+                    lacking.append(each)
+            if lacking:
+                missing.append((image, lacking))
+        answered = self._answered(session, [each for _, lacking in missing for each in lacking if not each.replaces])
+        for image, lacking in missing:
+            todo = []
+            for each in lacking:
+                answer = None if each.replaces else answered.get((image.sha256, each.asked))
+                if answer is None:
+                    todo.append(each)
+                else:
+                    survey.copies.append((each, answer))
+            if todo:
+                survey.todo.append((image, todo))
+        return survey
+
+    def _there(self, session: Session, images: Sequence[Picture]) -> dict[tuple[str, str], _There]:
+        """By (image, key). Two look-ups by an index each: PostgreSQL takes a job that is new for one of few captions,
+        and a join would read all that it has by now, for every page."""
+        query = select(Caption.image_id, Caption.key, Caption.id, Caption.characteristic)
+        rows = session.execute(query.where(Caption.image_id.in_([image.id for image in images]))).all()
+        jobs: dict[str, set[str]] = {}
+        items = select(CaptionJobItem.caption_id, CaptionJobItem.job_id)
+        for id, job_id in session.execute(items.where(CaptionJobItem.caption_id == func.any([row.id for row in rows]))):
+            jobs.setdefault(id, set()).add(job_id)
+        none: set[str] = set()
+        return {
+            (row.image_id, row.key): _There(row.id, row.image_id, row.characteristic, jobs.get(row.id, none))
+            for row in rows
+        }
+
+    def _to_redo(self, session: Session, redo: Redo, there: Mapping[tuple[str, str], _There]) -> set[str]:
+        """Ids of those that are asked for anew; see `planning.to_redo`."""
+        if self._job_id is not None:
+            return {
+                each.id for each in there.values() if redo.caption_job_id in each.jobs and self._job_id not in each.jobs
+            }
+        ids = [each.id for each in there.values()]
+        return set(session.scalars(to_redo(redo).with_only_columns(Caption.id).where(Caption.id == func.any(ids))))
+
+    def _answered(self, session: Session, wanted: Sequence[Wanted]) -> dict[tuple[str, str], Answer]:
+        questions = list({(each.image.sha256, each.asked): None for each in wanted})
+        if not questions:
+            return {}
+        rows = session.execute(
+            _ANSWERED,
+            {
+                "sha256": [sha256 for sha256, _ in questions],
+                "asked": [asked for _, asked in questions],
+                "owner": self._owner,
+            },
+        )
+        return {(row.sha256, row.asked): Answer(row.id, row.job_id, row.provenance) for row in rows}

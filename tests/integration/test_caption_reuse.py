@@ -1,0 +1,217 @@
+"""What exists is not paid for again: reuse, and what a user does to have it asked again (overwrite, redo)."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from services.captioner.planning import check_redo
+from shared.auth import Principal
+from shared.core import Core
+from shared.db.models import Caption
+from shared.errors import CaptuneError
+from shared.schemas.captions import CaptionJobRequest, Redo
+from tests.integration.caption_jobs import (
+    SENTENCE,
+    caption_all,
+    captions_of,
+    change_caption,
+    counted,
+    done,
+    images_of,
+    interrupted,
+    submit,
+)
+from tests.integration.captioner_server import Answer, CaptionerServer, captioner_server
+from tests.integration.factories import add_dataset, add_job, change_job
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[CaptionerServer]:
+    with captioner_server() as running:
+        running.serve_worker(monkeypatch)
+        yield running
+
+
+def test_a_second_identical_job_asks_nothing_and_keeps_edits(core: Core, server: CaptionerServer) -> None:
+    dataset_id = add_dataset(core, images=3)
+    first = caption_all(core, dataset_id)
+    before = captions_of(core, first)
+    change_caption(core, before[0].id, text="edited", version=2, original_text=before[0].text)
+    second = submit(core, dataset_id)
+    assert counted(done(core, second), "captions", "written", "reused") == (12, 0, 12)
+    assert server.calls == 12
+    after = captions_of(core, second)
+    assert [row.id for row in after] == [row.id for row in before], "the very rows"
+    assert (after[0].text, after[0].version) == ("edited", 2)
+
+
+def test_the_same_bytes_in_another_data_set_are_not_asked_for_again(core: Core, server: CaptionerServer) -> None:
+    server.answer = lambda asked: Answer(f"a {asked.class_name} like a wolf")
+    first = caption_all(core, add_dataset(core, images=3))
+    sources = {row.id: row for row in captions_of(core, first)}
+    for id in sources:
+        change_caption(core, id, text="edited there", version=2)
+    classes = [{"name": name, "display_name": name} for name in ("cat", "dog", "wolf")]
+    second = submit(core, add_dataset(core, images=4, classes=classes))
+    assert counted(done(core, second), "images", "captions", "written", "reused") == (8, 16, 4, 12)
+    assert server.calls == 12 + 4
+    copies = [row for row in captions_of(core, second) if "reused_from" in row.provenance]
+    assert len(copies) == 12
+    for row in copies:
+        source = sources[row.provenance["reused_from"]["caption_id"]]
+        assert row.id != source.id
+        assert row.provenance["reused_from"]["job_id"] == first
+        assert (row.provenance["job_id"], row.key) == (second, source.key)
+        assert "wolf" in row.text, "made from what the model said, not from an edit of another data set"
+        assert (row.flags, source.flags.count("names_other_class")) == (["names_other_class", *row.flags[1:]], 0)
+
+
+def test_nothing_is_ever_reused_across_owners(core: Core, server: CaptionerServer) -> None:
+    caption_all(core, add_dataset(core, "anna", images=2))
+    result = done(core, submit(core, add_dataset(core, "ben", images=2), owner="ben"))
+    assert counted(result, "written", "reused") == (8, 0)
+    assert server.calls == 16
+
+
+@pytest.mark.parametrize(
+    "changed", [{"seed": 1}, {"temperature": 0.3}, {"words": 51}, {"domain": "animals"}, {"characteristics": ["color"]}]
+)
+def test_what_changes_the_answer_is_asked_for(core: Core, server: CaptionerServer, changed: dict[str, Any]) -> None:
+    dataset_id = add_dataset(core, images=1)
+    caption_all(core, dataset_id)
+    assert done(core, submit(core, dataset_id, **changed))["reused"] == 0
+
+
+def test_another_length_is_cut_from_the_same_answers(core: Core, server: CaptionerServer) -> None:
+    dataset_id = add_dataset(core, images=1)
+    server.answer = lambda asked: Answer(SENTENCE * 2)
+    first = caption_all(core, dataset_id)
+    sheared = submit(core, dataset_id, shear_tokens=16)
+    assert counted(done(core, sheared), "captions", "reused") == (4, 4)
+    assert server.calls == 4
+    assert max(row.clip_tokens for row in captions_of(core, sheared)) <= 16
+    assert min(row.clip_tokens for row in captions_of(core, first)) > 16, "the first job's are as they were"
+
+
+def redo_of(core: Core, base: str, **selection: Any) -> tuple[str, list[Caption]]:
+    """A redo's job, made after the check that the routes do, and the earlier job's captions."""
+    before = captions_of(core, base)
+    fields = selection.pop("fields", {"seed": 9})
+    redo = Redo(caption_job_id=base, **selection)
+    request = {"engine": "m", "characteristics": ["visual", "shape"], "domain": "pets", **fields, "redo": redo}
+    body = CaptionJobRequest(dataset_id=before[0].dataset_id, **request)
+    with core.transaction() as session:
+        check_redo(session, Principal("anna", frozenset({"write"})), body)
+    job_id = add_job(core, "caption", request=body.model_dump(), dataset_id=before[0].dataset_id)
+    return job_id, before
+
+
+def test_overwrite_asks_again_and_replaces_edits_included(core: Core, server: CaptionerServer) -> None:
+    dataset_id = add_dataset(core, images=2)
+    before = captions_of(core, caption_all(core, dataset_id))
+    edit = {"text": "edited", "original_text": "x", "edited_by": "anna", "excluded": True, "agreement": {"a": 1.0}}
+    change_caption(core, before[0].id, version=2, **edit)
+    server.answer = lambda asked: Answer("quite another coat")
+    job_id = submit(core, dataset_id, mode="overwrite")
+    assert counted(done(core, job_id), "captions", "written", "reused") == (8, 8, 0)
+    assert server.calls == 16
+    after = captions_of(core, job_id)
+    assert [row.id for row in after] == [row.id for row in before]
+    assert {row.text.lower().rstrip(".") for row in after} == {"quite another coat"}
+    assert all(new.version > old.version for new, old in zip(after[1:], before[1:], strict=True))
+    assert after[0].version > 2
+    row = after[0]
+    assert (row.original_text, row.edited_by, row.excluded, row.agreement) == (None, None, False, None)
+    assert {row.provenance["job_id"] for row in after} == {job_id}
+
+
+def test_a_resumed_overwrite_does_not_overwrite_twice(core: Core, server: CaptionerServer) -> None:
+    dataset_id = add_dataset(core, images=20)
+    caption_all(core, dataset_id)
+    job_id = submit(core, dataset_id, mode="overwrite")
+    kept = interrupted(core, server, job_id)
+    calls = server.calls
+    assert counted(done(core, job_id), "captions", "written") == (80, 80)
+    assert server.calls == calls + 80 - kept
+    assert Counter(row.provenance["attempt"] for row in captions_of(core, job_id)) == {1: kept, 2: 80 - kept}
+
+
+def test_a_redo_asks_for_its_selection_and_takes_over_the_others(core: Core, server: CaptionerServer) -> None:
+    base = caption_all(core, add_dataset(core, images=3))
+    chosen = captions_of(core, base)[2]
+    job_id, before = redo_of(core, base, caption_ids=[chosen.id])
+    result = done(core, job_id)
+    assert counted(result, "captions", "written", "reused", "images") == (12, 1, 11, 1)
+    assert server.calls == 13
+    after = {row.id for row in captions_of(core, job_id)}
+    new = after - {row.id for row in before}
+    assert len(new) == 1
+    assert chosen.id not in after
+    (row,) = (row for row in captions_of(core, job_id) if row.id in new)
+    assert (row.image_id, row.characteristic) == (chosen.image_id, chosen.characteristic)
+    assert [row.id for row in captions_of(core, base)] == [row.id for row in before], "the earlier job has what it had"
+
+
+def test_a_redo_with_the_same_parameters_replaces_its_selection(core: Core, server: CaptionerServer) -> None:
+    base = caption_all(core, add_dataset(core, images=2))
+    caption_all(core, add_dataset(core, images=2))  # has the same answers; they are not what is asked for
+    marked = captions_of(core, base)[:3]
+    for row in marked:
+        change_caption(core, row.id, flags=["label_missing"], text="edited", original_text="x", version=2)
+    calls = server.calls
+    job_id, before = redo_of(core, base, flag="label_missing", fields={})
+    assert counted(done(core, job_id), "captions", "written") == (8, 3)
+    assert server.calls == calls + 3
+    after = captions_of(core, job_id)
+    assert [row.id for row in after] == [row.id for row in before]
+    replaced = [row for row in after if row.id in {m.id for m in marked}]
+    assert [(row.version > 2, row.original_text, row.text == "edited") for row in replaced] == [(True, None, False)] * 3
+
+
+@pytest.mark.parametrize("selection", [{"class_name": "cat"}, {"excluded": True}, {"flag": "refusal"}])
+def test_a_redo_selects_by_class_flag_and_exclusion(
+    core: Core, server: CaptionerServer, selection: dict[str, Any]
+) -> None:
+    dataset_id = add_dataset(core, images=2)
+    base = caption_all(core, dataset_id)
+    images = images_of(core, dataset_id)
+    cats = [row for row in captions_of(core, base) if images[row.image_id].class_name == "cat"]
+    for row in cats:
+        change_caption(core, row.id, excluded=True, flags=["refusal"])
+    job_id, _ = redo_of(core, base, **selection)
+    assert counted(done(core, job_id), "captions", "written") == (8, 4)
+    assert {row.id for row in cats}.isdisjoint(row.id for row in captions_of(core, job_id))
+
+
+def test_a_resumed_redo_keeps_to_its_selection(core: Core, server: CaptionerServer) -> None:
+    """Flags change while a job works: what the first attempt took over is not asked for by the second."""
+    base = caption_all(core, add_dataset(core, images=20))
+    rows = captions_of(core, base)
+    for row in rows[:60]:
+        change_caption(core, row.id, flags=["refusal"])
+    job_id, _ = redo_of(core, base, flag="refusal")
+    kept = interrupted(core, server, job_id)
+    for row in rows[60:]:
+        change_caption(core, row.id, flags=["refusal"])
+    calls = server.calls
+    assert counted(done(core, job_id), "captions", "written") == (80, 60)
+    assert server.calls == calls + 60 - (kept - 20)
+
+
+def test_a_redo_that_cannot_be_done_is_refused_at_submission(core: Core, server: CaptionerServer) -> None:
+    base = caption_all(core, add_dataset(core, images=1))
+
+    def code(**selection: Any) -> str:
+        with pytest.raises(CaptuneError) as error:
+            redo_of(core, base, **selection)
+        return error.value.code
+
+    assert code(fields={"characteristics": ["visual"]}) == "characteristic_missing"
+    assert code(flag="refusal") == "empty_redo"
+    assert code(fields={"limit": 2}) == "redo_has_its_images"
+    change_job(core, base, status="running")
+    assert code() == "caption_job_not_ready"
+    change_job(core, base, status="succeeded", owner="ben")
+    assert code() == "not_found"
