@@ -4,18 +4,18 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from captune import local, tables
-from captune.client import Client
+from captune import cli_captions, local, tables
 from captune.connection import default_state_dir
 from captune.errors import CaptuneAPIError, ConnectionNotFound
 from captune.progress import ProgressBar
+from captune.terminal import client_of, finish, show
 from shared.schemas.common import JobEvent, JobResource
 
 Command = Callable[[argparse.Namespace], int]
@@ -48,40 +48,12 @@ def _fail(code: int, message: str) -> None:
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
-def _client(args: argparse.Namespace) -> Client:
-    return Client(args.url, args.api_key, state_dir=args.state_dir)
-
-
-def _print(args: argparse.Namespace, rows: BaseModel | Iterable[BaseModel], header: tuple[str, ...] = ()) -> None:
-    """JSON of everything, or a table of the fields named."""
-    if isinstance(rows, BaseModel):
-        print(rows.model_dump_json(indent=2))
-        return
-    found = list(rows)
-    if args.json:
-        print(json.dumps([row.model_dump() for row in found], indent=2))
-    else:
-        print(tables.table(header, ([getattr(row, name) for name in header] for row in found)))
-
-
-def _finish(args: argparse.Namespace, client: Client, job: JobResource, label: str) -> int:
-    """Wait (unless told not to), print the job, and say by the exit code whether it succeeded."""
-    if args.wait:
-        with ProgressBar(label) as bar:
-            job = client.wait(job, bar)
-    if args.json:
-        print(job.model_dump_json(indent=2))
-    else:
-        print(f"{job.id}  {job.status}" + (f": {job.error.message}" if job.error else ""))
-    return 0 if job.status in ("queued", "running", "succeeded") else 1
-
-
 def datasets_push(args: argparse.Namespace) -> int:
     fields = {k: getattr(args, k) for k in ("split_seed", "val_fraction", "test_fraction")}
     fields = {k: v for k, v in fields.items() if v is not None}
-    with _client(args) as client:
+    with client_of(args) as client:
         job = client.push(args.path, name=args.name or args.path.stem, domain=args.domain, **fields)
-        code = _finish(args, client, job, "ingest")
+        code = finish(args, client, job, "ingest")
         report = (client.job(job.id).model_dump().get("report") or {}) if args.wait else {}
     for notice in report.get("notices", []):
         print(f"note: {notice['message']}", file=sys.stderr)
@@ -91,32 +63,28 @@ def datasets_push(args: argparse.Namespace) -> int:
 
 
 def datasets_list(args: argparse.Namespace) -> int:
-    with _client(args) as client:
-        _print(args, client.datasets(), ("id", "name", "domain", "status"))
+    with client_of(args) as client:
+        show(args, client.datasets(), ("id", "name", "domain", "status"))
+    return 0
+
+
+def datasets_rename_classes(args: argparse.Namespace) -> int:
+    display_names: dict[str, Any] = {}
+    for names in args.names:
+        display_names |= names
+    with client_of(args) as client:
+        dataset = client.update_dataset(args.id, display_names=display_names)
+    if args.json:
+        print(dataset.model_dump_json(indent=2))
+    else:
+        print(tables.table(("name", "display_name"), [(c.name, c.display_name) for c in dataset.classes or []]))
     return 0
 
 
 def datasets_rm(args: argparse.Namespace) -> int:
-    with _client(args) as client:
+    with client_of(args) as client:
         client.delete_dataset(args.id)
     return 0
-
-
-def caption(args: argparse.Namespace) -> int:
-    request: dict[str, Any] = {
-        "dataset_id": args.dataset_id,
-        "engine": args.engine,
-        "words": args.words,
-        "domain": args.domain,
-        "split": args.split,
-        "shots": args.shots,
-        "shot_seed": args.shot_seed,
-        "seed": args.seed,
-    }
-    if args.characteristics:
-        request["characteristics"] = args.characteristics.split(",")
-    with _client(args) as client:
-        return _finish(args, client, client.caption(**request), "caption")
 
 
 def train(args: argparse.Namespace) -> int:
@@ -130,27 +98,27 @@ def train(args: argparse.Namespace) -> int:
         "validation": args.validation,
         "suffix": args.suffix,
     }
-    with _client(args) as client:
+    with client_of(args) as client:
         jobs = [client.train(seed=seed, **request) for seed in args.seeds]
-        return max(_finish(args, client, job, f"{args.method} seed {job.seed}") for job in jobs)
+        return max(finish(args, client, job, f"{args.method} seed {job.seed}") for job in jobs)
 
 
 def jobs_list(args: argparse.Namespace) -> int:
     kinds = [args.kind] if args.kind else ["ds", "cap", "ft", "eval"]
     filters = {k: v for k, v in (("dataset_id", args.dataset_id), ("status", args.status)) if v}
-    with _client(args) as client:
-        _print(args, [job for kind in kinds for job in client.jobs(kind, **filters)], ("id", "status", "attempt"))
+    with client_of(args) as client:
+        show(args, [job for kind in kinds for job in client.jobs(kind, **filters)], ("id", "status", "attempt"))
     return 0
 
 
 def jobs_show(args: argparse.Namespace) -> int:
-    with _client(args) as client:
-        _print(args, client.job(args.id))
+    with client_of(args) as client:
+        show(args, client.job(args.id))
     return 0
 
 
 def jobs_watch(args: argparse.Namespace) -> int:
-    with _client(args) as client, ProgressBar(args.id) as bar:
+    with client_of(args) as client, ProgressBar(args.id) as bar:
         for update in client.watch(args.id):
             if args.json:
                 print(update.model_dump_json())
@@ -165,7 +133,7 @@ def jobs_watch(args: argparse.Namespace) -> int:
 
 
 def jobs_act(args: argparse.Namespace) -> int:
-    with _client(args) as client:
+    with client_of(args) as client:
         job = getattr(client, args.action)(args.id)
         print(job.model_dump_json(indent=2) if args.json else f"{job.id}  {job.status}")
     return 0
@@ -173,27 +141,27 @@ def jobs_act(args: argparse.Namespace) -> int:
 
 def leaderboard(args: argparse.Namespace) -> int:
     shots = int(args.shots) if args.shots and args.shots.isdigit() else args.shots
-    with _client(args) as client:
+    with client_of(args) as client:
         board = client.leaderboard(args.dataset_id, metric=args.metric, split=args.split, shots=shots)
     print(board.model_dump_json(indent=2) if args.json else tables.leaderboard(board))
     return 0
 
 
 def keys_create(args: argparse.Namespace) -> int:
-    with _client(args) as client:
+    with client_of(args) as client:
         key = client.create_key(owner=args.owner, name=args.name, scopes=args.scopes.split(","))
     print(key.model_dump_json(indent=2) if args.json else f"{key.id}  {key.key}  (shown this once)")
     return 0
 
 
 def keys_list(args: argparse.Namespace) -> int:
-    with _client(args) as client:
-        _print(args, client.keys(), ("id", "owner", "name", "scopes", "revoked_at"))
+    with client_of(args) as client:
+        show(args, client.keys(), ("id", "owner", "name", "scopes", "revoked_at"))
     return 0
 
 
 def keys_revoke(args: argparse.Namespace) -> int:
-    with _client(args) as client:
+    with client_of(args) as client:
         client.revoke_key(args.id)
     return 0
 
@@ -209,6 +177,20 @@ def _assignment(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
+
+
+def _class_names(text: str) -> dict[str, Any]:
+    """`CODE=NAME`, or a JSON file of many."""
+    code, equals, name = text.partition("=")
+    if equals:
+        return {code: name}
+    try:
+        found = json.loads(Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither CODE=NAME nor a JSON file ({error})") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text} is no JSON object of display names by class name")
+    return found
 
 
 def _seeds(text: str) -> list[int]:
@@ -249,19 +231,12 @@ def _parser() -> argparse.ArgumentParser:
     waiting(push)
     command(datasets, "list", datasets_list, "list data sets")
     command(datasets, "show", jobs_show, "classes, counts and the report of what was refused").add_argument("id")
+    rename = command(datasets, "rename-classes", datasets_rename_classes, "what prompts call classes named by a code")
+    rename.add_argument("id")
+    rename.add_argument("names", nargs="+", type=_class_names, metavar="CODE=NAME", help="or a JSON file of many")
     command(datasets, "rm", datasets_rm, "delete a data set").add_argument("id")
 
-    cap = command(commands, "caption", caption, "caption a data set")
-    cap.add_argument("dataset_id")
-    cap.add_argument("--engine", default="attributes")
-    cap.add_argument("--characteristics", help="default: visual,shape,texture")
-    cap.add_argument("--words", type=int, default=50)
-    cap.add_argument("--domain", help="default: the data set's")
-    cap.add_argument("--split", default="train", choices=["train", "val", "test"])
-    cap.add_argument("--shots", type=int, help="only the few-shot subset")
-    cap.add_argument("--shot-seed", type=int, default=0)
-    cap.add_argument("--seed", type=int, default=0)
-    waiting(cap)
+    cli_captions.add(commands, command, waiting)
 
     tune = command(commands, "train", train, "fine-tune CLIP; one job per seed")
     tune.add_argument("dataset_id")

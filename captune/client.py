@@ -19,9 +19,17 @@ import httpx
 from captune import connection
 from captune.errors import CaptuneAPIError
 from captune.packing import archive
-from shared.schemas.captions import Caption, CaptionJob, CaptionJobRequest
+from shared.schemas.captions import (
+    Caption,
+    CaptionEdit,
+    CaptionJob,
+    CaptionJobRequest,
+    CaptionPreview,
+    CaptionPreviewRequest,
+    CaptionReport,
+)
 from shared.schemas.common import FINAL_STATUSES, JobEvent, JobResource, Progress
-from shared.schemas.datasets import Dataset, Image
+from shared.schemas.datasets import Dataset, DatasetEdit, Image
 from shared.schemas.evaluations import Evaluation, EvaluationRequest, Leaderboard
 from shared.schemas.fine_tuning import Classifier, FineTuningCheckpoint, FineTuningJob, FineTuningRequest, Method
 from shared.schemas.keys import Key, KeyRequest, NewKey
@@ -35,6 +43,7 @@ _JOBS: dict[str, tuple[str, type[JobResource]]] = {  # id prefix -> where it liv
     "ft": ("/v1/fine_tuning/jobs", FineTuningJob),
     "eval": ("/v1/evaluations", Evaluation),
 }
+LONG = httpx.Timeout(60.0, read=600.0, write=600.0)  # uploads, and what a model or a whole job is looked at for
 RECONNECTS = 30  # a stream that breaks is taken up again where it was, a second apart
 
 
@@ -74,7 +83,7 @@ class Client:
                 "/v1/datasets",
                 data={"name": name, "domain": domain, **fields},
                 files={"file": ("images", file, "application/octet-stream")},
-                timeout=httpx.Timeout(60.0, read=600.0, write=600.0),
+                timeout=LONG,
             )
         return Dataset.model_validate(answer.json())
 
@@ -93,18 +102,88 @@ class Client:
     def images(self, dataset_id: str, **filters: str) -> Iterator[Image]:
         return self._list(f"/v1/datasets/{dataset_id}/images", Image, **filters)
 
+    def update_dataset(
+        self, dataset_id: str, *, name: str | None = None, display_names: dict[str, str] | None = None
+    ) -> Dataset:
+        """`display_names`: what prompts and prefixes call a class, by its name; the others keep theirs."""
+        body = DatasetEdit(name=name, display_names=display_names)
+        answer = self._send("PATCH", f"/v1/datasets/{dataset_id}", json=body.model_dump(exclude_none=True))
+        return Dataset.model_validate(answer.json())
+
     def delete_dataset(self, dataset_id: str) -> None:
         self._send("DELETE", f"/v1/datasets/{dataset_id}")
 
     # -- captions --------------------------------------------------------------------------------------------------
 
     def caption(self, **request: Any) -> CaptionJob:
-        """Fields: shared.schemas.captions.CaptionJobRequest."""
-        body = CaptionJobRequest(**request)
-        return CaptionJob.model_validate(self._post("/v1/caption_jobs", body.model_dump()))
+        """Fields: shared.schemas.captions.CaptionJobRequest. With `redo`, those left out are the earlier job's."""
+        body = CaptionJobRequest(**request).model_dump(exclude_unset=True)
+        return CaptionJob.model_validate(self._post("/v1/caption_jobs", body))
 
-    def captions(self, dataset_id: str, **filters: str) -> Iterator[Caption]:
-        return self._list(f"/v1/datasets/{dataset_id}/captions", Caption, **filters)
+    def preview_captions(self, **request: Any) -> CaptionPreview:
+        """A dry run. Fields: those of `caption`, image_id and live (caption that image now; nothing is stored)."""
+        body = CaptionPreviewRequest(**request).model_dump(exclude_unset=True)
+        answer = self._send("POST", "/v1/caption_jobs/preview", json=body, timeout=LONG)
+        return CaptionPreview.model_validate(answer.json())
+
+    def captions(self, dataset_id: str, **filters: Any) -> Iterator[Caption]:
+        """`filters`: caption_job_id, image_id, class_name, characteristic, flag, flagged, excluded, edited, q; those
+        that are None do not count."""
+        given = {name: value for name, value in filters.items() if value is not None}
+        return self._list(f"/v1/datasets/{dataset_id}/captions", Caption, **given)
+
+    def get_caption(self, caption_id: str) -> Caption:
+        return Caption.model_validate(self._send("GET", f"/v1/captions/{caption_id}").json())
+
+    def edit_caption(
+        self, caption_id: str, *, text: str | None = None, excluded: bool | None = None, version: int | None = None
+    ) -> Caption:
+        """With `version` (of the caption as it was read) the edit is refused, status 412, where somebody changed it
+        since; without, it stands whatever was there."""
+        body = CaptionEdit(text=text, excluded=excluded).model_dump(exclude_none=True)
+        headers = {"If-Match": "*" if version is None else f'"{version}"'}
+        return Caption.model_validate(
+            self._send("PATCH", f"/v1/captions/{caption_id}", json=body, headers=headers).json()
+        )
+
+    def caption_report(self, job_id: str) -> CaptionReport:
+        answer = self._send("GET", f"/v1/caption_jobs/{job_id}/report", timeout=LONG)
+        return CaptionReport.model_validate(answer.json())
+
+    def import_captions(self, dataset_id: str, path: str | Path, **fields: str) -> CaptionJob:
+        """Captions made elsewhere, as a caption job: JSON, JSONL, CSV, or a zip or tar of .txt sidecars. `fields`:
+        format, clip_model, language ("en" or "any")."""
+        path = Path(path)
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; pack its .txt files as a zip or tar")
+        with path.open("rb") as file:
+            answer = self._send(
+                "POST",
+                "/v1/caption_jobs/import",
+                data={"dataset_id": dataset_id, **fields},
+                files={"file": (path.name, file, "application/octet-stream")},
+                timeout=LONG,
+            )
+        return CaptionJob.model_validate(answer.json())
+
+    def export_captions(self, job_id: str, path: str | Path, *, format: str = "json", include: str = "all") -> Path:
+        """Write a job's captions to `path`, which appears once it is whole. `format`: json, jsonl, csv, or txt (a zip
+        of sidecars); `include`: all or usable."""
+        path = Path(path)
+        part = path.with_name(f"{path.name}.part")
+        params = {"format": format, "include": include}
+        with self._http.stream("GET", f"/v1/caption_jobs/{job_id}/export", params=params) as response:
+            if not response.is_success:
+                response.read()
+                raise CaptuneAPIError.from_response(response)
+            try:
+                with part.open("wb") as out:
+                    for piece in response.iter_bytes():
+                        out.write(piece)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+        return path
 
     # -- fine-tuning -----------------------------------------------------------------------------------------------
 
@@ -224,7 +303,7 @@ class Client:
     def _post(self, path: str, body: dict[str, Any] | None) -> Any:
         return self._send("POST", path, json=body).json()
 
-    def _list(self, path: str, model: type[R] | type[JobResource], **filters: str) -> Iterator[Any]:
+    def _list(self, path: str, model: type[R] | type[JobResource], **filters: Any) -> Iterator[Any]:
         params: dict[str, Any] = {"limit": 200, **filters}
         while True:
             answer = self._send("GET", path, params=params).json()

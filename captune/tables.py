@@ -2,7 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
+from shared.schemas.captions import Caption, CaptionPreview, CaptionReport
 from shared.schemas.evaluations import Leaderboard
+
+TEXT_WIDTH = 60
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -60,3 +63,78 @@ def _shots(shots: int | None, train_seconds: float | None) -> object:
     if shots is not None:
         return shots
     return "all" if train_seconds else 0
+
+
+def captions(found: Iterable[Caption]) -> str:
+    """One line per caption, the text cut to 60 characters; `*` marks an edited one."""
+    header = ("id", "image", "characteristic", "tokens", "flags", "text")
+    rows = []
+    for c in found:
+        flags = ["excluded"] * c.excluded + list(c.flags)
+        text = _short(c.text) + ("" if c.original_text is None else " *")
+        rows.append((c.id, c.path, c.characteristic, c.clip_tokens, ",".join(flags) or None, text))
+    return table(header, rows)
+
+
+def preview(found: CaptionPreview) -> str:
+    """What a caption job would do, then the prompts of one image."""
+    rows = [
+        ("images", f"{found.images:,}"),
+        ("captions", f"{found.captions:,}"),
+        ("written before", f"{found.reusable:,}"),
+        ("model calls", f"{found.model_calls:,}"),
+        ("prompt tokens", _about(found.estimated_prompt_tokens)),
+        ("completion tokens", _about(found.estimated_completion_tokens)),
+        ("time", _duration(found.estimated_seconds)),
+    ]
+    if found.captions_per_second is not None:
+        rows.append(("measured rate", f"{found.captions_per_second:.1f} captions/s"))
+    parts = [f"{name:<18} {value}" for name, value in rows]
+    parts += ["", f"{found.path}, class {found.class_name}, called '{found.display_name}':"]
+    for each in found.examples:
+        parts += ["", f"-- {each.characteristic}", each.prompt]
+        if each.text is not None:
+            flags = f", {', '.join(each.flags)}" if each.flags else ""
+            parts.append(f"-> {each.text}  [{each.clip_tokens} tokens{flags}]")
+    return "\n".join(parts)
+
+
+def caption_report(found: CaptionReport) -> str:
+    """Counts, the histogram of lengths and one example per flag."""
+    parts = [
+        f"{found.caption_job_id}: {found.captions:,} captions of {found.images:,} images, "
+        f"{found.excluded:,} excluded, {found.edited:,} edited",
+        f"{found.words_mean:.1f} words on average; distinct-1 {found.distinct_1:.3f}, "
+        f"distinct-2 {found.distinct_2:.3f} (of {found.distinct_sample:,} captions)",
+    ]
+    if found.agreement is not None:
+        parts.append("agreement: " + ", ".join(f"{name} {value:.3f}" for name, value in found.agreement.items()))
+    parts += ["", table(("characteristic", "captions"), found.characteristics.items())]
+    most = max((each.captions for each in found.tokens), default=0)
+    bins = [(f"{b.low}-{b.high}", b.captions, "#" * round(30 * b.captions / most)) for b in found.tokens if b.captions]
+    parts += ["", table((f"tokens of {found.budget}", "captions", ""), bins)]
+    if found.flags:
+        rows = [(flag, n, _example(found.examples.get(flag))) for flag, n in found.flags.items()]
+        parts += ["", table(("flag", "captions", "for example"), rows)]
+    return "\n".join(parts)
+
+
+def _example(found: Sequence[Caption] | None) -> str | None:
+    return f"{found[0].id}: {_short(found[0].text)}" if found else None
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= TEXT_WIDTH else text[: TEXT_WIDTH - 1] + "…"
+
+
+def _about(count: int | None) -> str:
+    return "not measured yet" if count is None else f"about {count:,}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "not measured yet"
+    if seconds < 120:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 7200 else f"about {seconds / 3600:.1f} h"

@@ -4,6 +4,7 @@ its own, models small enough that a run takes about a second."""
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -15,6 +16,7 @@ from shared.schemas.captions import CaptionJob
 from shared.schemas.datasets import Dataset
 from tests.e2e import pictures
 from tests.e2e.waiting import succeeded
+from tests.openai_server import OpenAIServer, after, echo
 from tests.tiny_clip import write_tiny_clip
 from tests.tiny_mllm import build
 
@@ -40,12 +42,37 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@dataclass
+class ModelServer:
+    """Somebody else's model server, which can be taken away and brought back at the same address."""
+
+    running: OpenAIServer
+
+    def stop(self) -> None:
+        self.running.stop()
+
+    def start(self) -> None:
+        self.running = OpenAIServer(port=self.running.port, otherwise=after(0.02, echo))
+        self.running.__enter__()
+
+
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Stack]:
+def model_server() -> Iterator[ModelServer]:
+    server = ModelServer(OpenAIServer(otherwise=after(0.02, echo)))
+    server.running.__enter__()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory, models: Path, model_server: ModelServer) -> Iterator[Stack]:
+    remote = {"type": "openai", "model": "tiny", "base_urls": [model_server.running.url], "concurrency": 8}
     tiny = {"type": "hf", "model": str(models / "mllm"), "precision": "nf4", "device": "cpu"}
     env = {
         "CAPTUNE_MODEL_ROOTS": json.dumps([str(models)]),
-        "CAPTUNE_ENGINES": json.dumps({"attributes": {}, "tiny": {**tiny, "model_roots": [str(models)]}}),
+        "CAPTUNE_ENGINES": json.dumps(
+            {"attributes": {}, "tiny": {**tiny, "model_roots": [str(models)]}, "remote": remote}
+        ),
         "CAPTUNE_LEASE_SECONDS": "2",
         "CAPTUNE_RECONCILE_SECONDS": "0.3",
         "CAPTUNE_REQUEUE_AFTER_SECONDS": "1",
@@ -83,7 +110,7 @@ def captions(client: Client, shapes: Dataset) -> CaptionJob:
 
 @pytest.fixture(scope="session")
 def many(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """240 pictures to caption: seconds of work, committed in chunks of 32."""
+    """660 pictures to caption: seconds of work, and more than the default engine remembers the measurements of."""
     archive = tmp_path_factory.mktemp("many") / "many.zip"
-    pictures.write_zip(archive, pictures.by_split(80, 0, 1))
+    pictures.write_zip(archive, pictures.by_split(220, 0, 1))
     return succeeded(client, client.push(archive, name="many", domain="simple shapes", val_fraction=0))

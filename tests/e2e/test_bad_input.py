@@ -421,12 +421,10 @@ def test_every_scope_may_do_its_own_and_no_more(stack: Stack, client: Client, sh
 # -- what only shows when the job runs ---------------------------------------------------------------------------------
 
 
-def test_an_unknown_engine_fails_and_names_the_known_ones(client: Client, shapes: Dataset) -> None:
-    job = finished(client, client.caption(dataset_id=shapes.id, engine="gpt-9"))
-    assert job.status == "failed"
-    assert job.error is not None
-    assert (job.error.code, job.error.param) == ("unknown_engine", "engine")
-    assert "attributes, tiny" in job.error.message
+def test_an_unknown_engine_is_refused_with_the_known_ones(client: Client, shapes: Dataset) -> None:
+    with pytest.raises(CaptuneAPIError, match="attributes, remote, tiny") as refused:
+        client.caption(dataset_id=shapes.id, engine="gpt-9")
+    assert (refused.value.status, refused.value.code, refused.value.param) == (422, "unknown_engine", "engine")
 
 
 @pytest.mark.parametrize(

@@ -159,9 +159,16 @@ def test_cancel_pause_and_resume(run: Run, client: Client, many: Dataset) -> Non
     assert "nothing to cancel" in run("jobs", "cancel", job_id, code=1).stderr
 
 
-def test_a_failed_job_exits_with_1_and_its_reason(run: Run, pushed: str) -> None:
+def test_a_refused_request_exits_with_1_and_its_reason(run: Run, pushed: str) -> None:
     done = run("caption", pushed, "--engine", "nobody", code=1)
-    assert "failed: the captioner does not serve 'nobody'" in done.stdout
+    assert "nobody" in done.stderr
+
+
+def test_a_failed_job_exits_with_1_and_its_reason(run: Run, pushed: str, tmp_path: Path) -> None:
+    (tmp_path / "strangers.json").write_text('{"nobody/knows.png": "A stranger."}')
+    done = run("captions", "import", pushed, str(tmp_path / "strangers.json"), code=1)
+    assert "failed:" in done.stdout
+    assert "nobody/knows.png" in done.stdout
 
 
 def test_keys(run: Run, stack: Stack) -> None:

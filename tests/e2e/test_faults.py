@@ -48,9 +48,10 @@ def types(http: httpx.Client, job: CaptionJob | FineTuningJob) -> list[str]:
 
 
 def start_captioning(client: Client, many: Dataset, seed: int) -> CaptionJob:
-    """A job of 720 captions, some of them written. The seed keeps it from reusing another job's captions."""
+    """A job of 1980 captions, some of them written. The seed keeps it from reusing another job's captions."""
     job = client.caption(dataset_id=many.id, words=12, seed=seed)
-    until("the first captions are written", lambda: written(client, job), 60)
+    captions = (client.captions(many.id, caption_job_id=job.id) for _ in iter(int, 1))
+    until("the first captions are written", lambda: next(next(captions), None), 60)
     assert client.job(job.id).status == "running", "it ended before anything could be done to it"
     return job
 
@@ -64,11 +65,11 @@ def assert_complete(client: Client, job: CaptionJob) -> list[int]:
     found = list(client.captions(job.dataset_id, caption_job_id=job.id))
     images = [image.id for image in client.images(job.dataset_id, split="train")]
     asked = sorted((image, c) for image in images for c in ("shape", "texture", "visual"))
-    assert len(asked) == 720
+    assert len(asked) == 1980
     assert sorted((caption.image_id, caption.characteristic) for caption in found) == asked
     assert {caption.provenance["job_id"] for caption in found} == {job.id}
     assert job.result is not None
-    assert (job.result["captions"], job.result["written"], job.result["failed"]) == (720, 720, 0)
+    assert (job.result["captions"], job.result["written"], job.result["failed"]) == (1980, 1980, 0)
     return sorted({caption.provenance["attempt"] for caption in found})
 
 
@@ -109,7 +110,7 @@ def test_a_paused_caption_job_keeps_what_it_has_and_goes_on(client: Client, http
     client.pause(job.id)
     until("the job pauses", lambda: client.job(job.id).status == "paused")
     have = written(client, job)
-    assert 0 < have < 720
+    assert 0 < have < 1980
     client.resume(job.id)
     job = succeeded(client, job)
     assert_complete(client, job)
@@ -121,7 +122,7 @@ def test_a_cancelled_caption_job_ends_at_its_next_step(client: Client, many: Dat
     client.cancel(job.id)
     job = finished(client, job, 20)
     assert job.status == "cancelled"
-    assert written(client, job) < 720
+    assert written(client, job) < 1980
     assert job.result is None
 
 

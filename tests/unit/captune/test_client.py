@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -15,7 +16,25 @@ JOB = {
     "status": "succeeded",
     "created_at": 0,
     "dataset_id": "ds_1",
-    "request": {"dataset_id": "ds_1"},
+    "request": {"source": "model", "dataset_id": "ds_1"},
+}
+CAPTION = {
+    "id": "cpt_1",
+    "dataset_id": "ds_1",
+    "image_id": "img_1",
+    "path": "cat/1.png",
+    "class_name": "cat",
+    "characteristic": "visual",
+    "text": "a soft coat",
+    "clip_tokens": 9,
+    "flags": [],
+    "excluded": False,
+    "version": 3,
+    "original_text": None,
+    "edited_by": None,
+    "agreement": None,
+    "provenance": {},
+    "created_at": 0,
 }
 
 
@@ -116,3 +135,90 @@ def test_a_refusal_carries_the_servers_words(connect: Connect) -> None:
 def test_an_id_of_no_job_is_told_without_asking() -> None:
     with pytest.raises(ValueError, match=r"'clf_1' is no job id; they start with ds_, cap_, ft_, eval_"):
         Client("http://server", "key").job("clf_1")
+
+
+def test_what_a_caption_job_was_not_told_is_not_sent(connect: Connect) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert json.loads(request.content) == {
+            "dataset_id": "ds_1",
+            "redo": {"caption_job_id": "cap_0", "flag": "empty"},
+        }
+        return httpx.Response(202, json=JOB)
+
+    job = connect(answer).caption(dataset_id="ds_1", redo={"caption_job_id": "cap_0", "flag": "empty"})
+    assert job.id == "cap_1"
+
+
+def test_filters_that_are_none_are_not_sent(connect: Connect) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert dict(request.url.params) == {"limit": "200", "excluded": "false", "q": "coat"}
+        return httpx.Response(200, json={"data": [CAPTION], "has_more": False, "last_id": "cpt_1"})
+
+    found = connect(answer).captions("ds_1", excluded=False, q="coat", flag=None)
+    assert [caption.text for caption in found] == ["a soft coat"]
+
+
+def test_an_edit_says_which_version_it_was_made_from(connect: Connect) -> None:
+    sent = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.append((request.method, request.headers["If-Match"], json.loads(request.content)))
+        return httpx.Response(200, json=CAPTION)
+
+    client = connect(answer)
+    client.edit_caption("cpt_1", text="softer", version=2)
+    client.edit_caption("cpt_1", excluded=False)
+    assert sent == [("PATCH", '"2"', {"text": "softer"}), ("PATCH", "*", {"excluded": False})]
+    with pytest.raises(ValueError, match="give 'text', 'excluded' or both"):
+        client.edit_caption("cpt_1")
+
+
+def test_an_import_is_sent_with_its_file_name(connect: Connect, tmp_path: Path) -> None:
+    file = tmp_path / "captions.jsonl"
+    file.write_text('{"path": "1.png"}')
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        body = request.read()
+        assert request.url.path == "/v1/caption_jobs/import"
+        for part in (b'filename="captions.jsonl"', b'{"path": "1.png"}', b'name="dataset_id"\r\n\r\nds_1', b"any"):
+            assert part in body
+        return httpx.Response(202, json=JOB)
+
+    assert connect(answer).import_captions("ds_1", file, language="any").id == "cap_1"
+
+
+def test_an_export_appears_only_once_it_is_whole(connect: Connect, tmp_path: Path) -> None:
+    bodies: list[httpx.SyncByteStream] = [Broken("{"), httpx.ByteStream(b"{}")]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert dict(request.url.params) == {"format": "json", "include": "usable"}
+        return httpx.Response(200, stream=bodies.pop(0))
+
+    client, path = connect(answer), tmp_path / "captions.json"
+    with pytest.raises(httpx.ReadError):
+        client.export_captions("cap_1", path, include="usable")
+    assert list(tmp_path.iterdir()) == []
+    assert client.export_captions("cap_1", path, include="usable") == path
+    assert path.read_text() == "{}"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_refused_export_leaves_nothing(connect: Connect, tmp_path: Path) -> None:
+    problem = {"title": "Not found", "status": 404, "detail": "there is no caption job", "code": "not_found"}
+    with pytest.raises(CaptuneAPIError, match="there is no caption job"):
+        connect(lambda _: httpx.Response(404, json=problem)).export_captions("cap_1", tmp_path / "captions.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_classes_are_renamed_with_a_patch(connect: Connect) -> None:
+    dataset = {
+        **{"id": "ds_1", "status": "succeeded", "created_at": 0, "name": "pets", "domain": "pets"},
+        **{"archive_sha256": "0", "archive_bytes": 1, "split_seed": 0, "val_fraction": 0.1, "test_fraction": 0.2},
+    }
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert (request.method, request.url.path) == ("PATCH", "/v1/datasets/ds_1")
+        assert json.loads(request.content) == {"display_names": {"n01": "tabby"}}
+        return httpx.Response(200, json=dataset)
+
+    assert connect(answer).update_dataset("ds_1", display_names={"n01": "tabby"}).name == "pets"

@@ -3,6 +3,7 @@
 from typing import Any
 
 from captune import tables
+from shared.schemas.captions import Caption, CaptionPreview, CaptionReport
 from shared.schemas.evaluations import Leaderboard, LeaderboardRow
 
 
@@ -91,3 +92,70 @@ def test_each_protocol_has_its_own_table() -> None:
 
 def test_no_scores_yet_is_told() -> None:
     assert "no scores yet" in board()
+
+
+def caption(**values: Any) -> Caption:
+    defaults = {
+        **{"id": "cpt_1", "dataset_id": "ds_1", "image_id": "img_1", "path": "cat/1.png", "class_name": "cat"},
+        **{"characteristic": "visual", "text": "a soft coat", "clip_tokens": 9, "flags": [], "excluded": False},
+        **{"version": 1, "original_text": None, "edited_by": None, "agreement": None, "provenance": {}},
+        "created_at": 0,
+    }
+    return Caption.model_validate(defaults | values)
+
+
+def test_captions_stand_on_one_line_each() -> None:
+    long = caption(id="cpt_2", text="word\n" * 40, flags=["duplicate"], excluded=True, original_text="was")
+    lines = tables.captions([caption(), long]).splitlines()
+    assert lines[2].split() == ["cpt_1", "cat/1.png", "visual", "9", "-", "a", "soft", "coat"]
+    assert "excluded,duplicate  word word" in lines[3]
+    assert lines[3].endswith("… *")
+
+
+PREVIEW: dict[str, Any] = {
+    **{"images": 1200, "captions": 3600, "reusable": 600, "model_calls": 3000, "image_id": "img_1"},
+    **{"estimated_prompt_tokens": 1_500_000, "estimated_completion_tokens": 210_000, "estimated_seconds": 600.4},
+    **{"captions_per_second": 5.0, "path": "n01/1.png", "class_name": "n01", "display_name": "tabby cat"},
+    "examples": [{"characteristic": "visual", "prompt": "Describe the tabby cat."}],
+}
+
+
+def test_a_dry_run_shows_the_cost_and_the_prompts() -> None:
+    lines = tables.preview(CaptionPreview.model_validate(PREVIEW)).splitlines()
+    assert [line[19:] for line in lines[4:7]] == ["about 1,500,000", "about 210,000", "about 10 min"]
+    for text in ("images             1,200", "written before     600", "measured rate      5.0 captions/s"):
+        assert text in lines
+    assert lines[-4:] == ["n01/1.png, class n01, called 'tabby cat':", "", "-- visual", "Describe the tabby cat."]
+
+
+def test_a_dry_run_of_a_model_never_measured_says_so_and_a_live_one_what_came() -> None:
+    live = {"raw": "**A cat.**", "text": "A cat.", "clip_tokens": 8, "flags": ["label_missing"]}
+    unknown = dict.fromkeys(("estimated_prompt_tokens", "estimated_seconds", "captions_per_second"))
+    found = PREVIEW | unknown | {"examples": [PREVIEW["examples"][0] | live]}
+    text = tables.preview(CaptionPreview.model_validate(found))
+    assert text.count("not measured yet") == 2
+    assert text.endswith("-> A cat.  [8 tokens, label_missing]")
+
+
+def test_times_are_in_the_unit_one_thinks_in() -> None:
+    found = [tables.preview(CaptionPreview.model_validate(PREVIEW | {"estimated_seconds": s})) for s in (9.0, 36_000.0)]
+    assert "about 9 s" in found[0]
+    assert "about 10.0 h" in found[1]
+
+
+def test_a_report_is_counts_lengths_and_examples() -> None:
+    report = CaptionReport.model_validate(
+        {
+            **{"caption_job_id": "cap_1", "images": 10, "captions": 30, "excluded": 1, "edited": 2},
+            **{"flags": {"duplicate": 3}, "characteristics": {"visual": 20, "shape": 10}, "budget": 77},
+            "tokens": [{"low": 1, "high": 10, "captions": 20}, {"low": 11, "high": 20, "captions": 10}],
+            **{"words_mean": 12.34, "distinct_1": 0.5, "distinct_2": 0.75, "distinct_sample": 30},
+            **{"agreement": {"clip_score": 0.61}, "examples": {"duplicate": [caption()]}},
+        }
+    )
+    lines = tables.caption_report(report).splitlines()
+    assert lines[0] == "cap_1: 30 captions of 10 images, 1 excluded, 2 edited"
+    assert "agreement: clip_score 0.610" in lines
+    assert any(line.split() == ["1-10", "20", "#" * 30] for line in lines)
+    assert any(line.split() == ["11-20", "10", "#" * 15] for line in lines)
+    assert lines[-1].split(maxsplit=2) == ["duplicate", "3", "cpt_1: a soft coat"]
