@@ -98,6 +98,8 @@ def train(args: argparse.Namespace) -> int:
         "validation": args.validation,
         "suffix": args.suffix,
     }
+    if args.exclude_flags is not None:
+        request["exclude_flags"] = [flag for flag in args.exclude_flags.split(",") if flag]
     with client_of(args) as client:
         jobs = [client.train(seed=seed, **request) for seed in args.seeds]
         return max(finish(args, client, job, f"{args.method} seed {job.seed}") for job in jobs)
@@ -243,6 +245,12 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--method", default="mmft")
     tune.add_argument("--captions", metavar="CAPTION_JOB_ID", help="needed by methods that train on captions")
     tune.add_argument("--model", default="starter")
+    tune.add_argument(
+        "--exclude-flags",
+        metavar="FLAGS",
+        help="leave out captions with one of these, comma-separated ('' for none; default: those that are wrong or "
+        "say nothing new)",
+    )
     tune.add_argument("--shots", type=int, help="training images per class (default: all)")
     tune.add_argument("--shot-seed", type=int, default=0)
     tune.add_argument("--seeds", type=_seeds, default=[0], help="training seeds, comma-separated (default: 0)")
