@@ -101,6 +101,8 @@ def _counter(name: str, text_cfg: Mapping[str, Any], load: Callable[[], Tokenize
 
 def _mend(text: str) -> str:
     """What open_clip does to every text first: broken encodings mended, HTML entities replaced, also doubled ones."""
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text  # nothing there to mend; the mending would cost as much as the tokens
     return html.unescape(html.unescape(ftfy.fix_text(text)))
 
 

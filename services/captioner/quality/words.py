@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 _WORD = re.compile(r"[^\W_]+")
 MASK = "_"  # no word of a text is this
@@ -52,6 +53,8 @@ class Names:
     def another(self, own: str, found: Sequence[str]) -> bool:
         """Do these words name a class that is not `own`? A name inside the own one ("retriever" of "golden retriever")
         and the own name itself, wherever it covers another's, do not count."""
+        if self._longest.keys().isdisjoint(found):
+            return False  # nearly every caption: no word of it begins a name
         name = _sequence(own)
         forms = _forms(name)
         at = 0
@@ -101,10 +104,12 @@ def masked(own: str, found: Sequence[str]) -> list[str]:
     return out
 
 
+@lru_cache(4096)
 def _sequence(name: str) -> tuple[str, ...]:
     return tuple(words(name))
 
 
+@lru_cache(4096)
 def _forms(name: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
     return frozenset((*name[:-1], last) for last in _plurals(name[-1])) if name else frozenset()
 
@@ -113,6 +118,7 @@ def _plurals(word: str) -> tuple[str, ...]:
     return (word, f"{word}s", f"{word}es", *([f"{word[:-1]}ies"] if word.endswith("y") else []))
 
 
+@lru_cache(4096)
 def _last(name: tuple[str, ...]) -> frozenset[str]:
     word = name[-1]
     singular = word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
