@@ -7,6 +7,8 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -44,11 +46,13 @@ class Batcher:
         prepare_threads: int = 2,
     ) -> None:
         self.engine = engine
-        self.error: str | None = None  # why the state is "failed"
+        self.error: str | None = None  # why the state is "failed" ...
+        self.gave_up = False  # ... and whether it will not try to load again
         self.started_at = int(time.time())
         self._queue_size = queue_size
         self._timeout_s = request_timeout_s
         self._state: State = "stopped"
+        self._unpacking = 0
         self._meter = Meter()
         self._pipeline = Pipeline(engine, self._meter, max_wait_s=max_wait_ms / 1000, cpu_threads=prepare_threads)
 
@@ -110,7 +114,25 @@ class Batcher:
         metrics.LATENCY.labels(name).observe(time.monotonic() - began)
         return generation
 
+    @contextmanager
+    def unpacking(self) -> Iterator[None]:
+        """While a request's pictures are unpacked, it counts as waiting; one that would be refused afterwards is
+        refused before. For the event loop's thread."""
+        self._check()
+        if not self._pipeline.has_room(self._queue_size - self._unpacking):
+            raise self._full()
+        self._unpacking += 1
+        try:
+            yield
+        finally:
+            self._unpacking -= 1
+
     def _admit(self, item: Item) -> None:
+        self._check()
+        if not self._pipeline.put(item, self._queue_size):
+            raise self._full()
+
+    def _check(self) -> None:
         if self.state == "loading":
             raise Unavailable(
                 f"Engine {self.engine.name!r} is still loading. Try again shortly.",
@@ -120,13 +142,14 @@ class Batcher:
         if self.state != "ready":
             reason = self.error or "it was stopped"
             raise Unavailable(f"Engine {self.engine.name!r} is not available: {reason}", code="engine_unavailable")
-        if not self._pipeline.put(item, self._queue_size):
-            raise TooBusy(
-                f"Engine {self.engine.name!r} has {self._queue_size} requests waiting, which is its limit. Try again "
-                "later or send fewer at a time.",
-                code="queue_full",
-                retry_after=self._retry_after(),
-            )
+
+    def _full(self) -> TooBusy:
+        return TooBusy(
+            f"Engine {self.engine.name!r} has {self._queue_size} requests waiting, which is its limit. Try again "
+            "later or send fewer at a time.",
+            code="queue_full",
+            retry_after=self._retry_after(),
+        )
 
     async def _answer(self, item: Item) -> Generation:
         try:
@@ -164,6 +187,7 @@ class Batcher:
                 logger.error("engine %s cannot be loaded: %s", self.engine.name, message, exc_info=not again)
                 self._state, self.error = "failed", message
                 if not again:
+                    self.gave_up = True
                     return False
                 stopping.wait(_LOAD_RETRY_S)
             else:

@@ -135,7 +135,7 @@ class Buckets(Turns):
 
     def __init__(self, max_batch: int, max_wait_s: float) -> None:
         super().__init__()
-        self._max_batch = max_batch
+        self.max_batch = max_batch
         self._max_wait_s = max_wait_s
 
     def add(self, item: Item) -> None:
@@ -155,7 +155,7 @@ class Buckets(Turns):
         return self.take(bucket, self._size(bucket)), None
 
     def _size(self, bucket: Hashable) -> int:
-        return 1 if bucket is _ALONE else self._max_batch
+        return 1 if bucket is _ALONE else self.max_batch
 
     def _due_in(self, bucket: Hashable, now: float, free_since: float) -> float:
         items = self.groups[bucket]

@@ -55,9 +55,10 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> ChatCom
     """Caption images (data URIs) with one of the models of `GET /v1/models`."""
     batcher = _batcher(request, body.model)
     settings: CaptionerSettings = request.app.state.captioner_settings
-    requests = await asyncio.get_running_loop().run_in_executor(
-        _DECODERS, to_caption_requests, body, settings, batcher.engine.spec.max_pixels
-    )
+    with batcher.unpacking():
+        requests = await asyncio.get_running_loop().run_in_executor(
+            _DECODERS, to_caption_requests, body, settings, batcher.engine.spec.max_pixels
+        )
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "created": int(time.time()),
@@ -150,6 +151,7 @@ def _card(batcher: Batcher) -> ModelCard:
             revision=engine.revision,
             precision=engine.precision,
             ready=batcher.ready,
+            error=batcher.error if batcher.gave_up else None,
             captions_per_second=None if rate is None else round(rate.captions_per_second, 3),
         ),
     )

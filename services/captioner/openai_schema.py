@@ -162,6 +162,7 @@ class Served(BaseModel):
     revision: str
     precision: str
     ready: bool
+    error: str | None = Field(description="Why it will not serve; null while it serves, loads or goes on trying to.")
     captions_per_second: float | None = Field(description="Measured; null until the model is ready.")
 
 

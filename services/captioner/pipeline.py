@@ -91,14 +91,22 @@ class Pipeline:
         with self._lock:
             if self.stopping.is_set():
                 raise self._shutting_down()
-            if self._queued() >= queue_size:
-                for gone in [*self._waiting.sweep(), *self._prepared.sweep()]:
-                    self._expire(gone)
-            if self._queued() >= queue_size:
+            if not self._has_room(queue_size):
                 return False
             self._waiting.add(item)
             self._cpu_work.notify()
             return True
+
+    def has_room(self, queue_size: int) -> bool:
+        """Whether `put` would take one now."""
+        with self._lock:
+            return self._has_room(queue_size)
+
+    def _has_room(self, queue_size: int) -> bool:
+        if self._queued() >= queue_size:
+            for gone in [*self._waiting.sweep(), *self._prepared.sweep()]:
+                self._expire(gone)
+        return self._queued() < queue_size
 
     def _queued(self) -> int:
         return len(self._waiting) + len(self._preparing) + len(self._prepared)
@@ -175,6 +183,7 @@ class Pipeline:
 
     def start_other_lanes(self) -> None:
         """Called by `load` when the engine can generate. Raises RuntimeError where no more threads are to be had."""
+        self._prepared.max_batch = self._engine.max_batch  # which it may have chosen by its device
         for lane in range(1, self._engine.lanes):
             self._start_lane(lane)
 

@@ -201,8 +201,8 @@ class HFEngine(Engine):
             return torch.mps.driver_allocated_memory(), torch.mps.recommended_max_memory()
         return None
 
-    def _fitted(self, prepared: Sequence[Prepared]) -> list[Raw]:
-        """`_batch` in parts that fit in the device's memory."""
+    def _fitted(self, prepared: Sequence[Prepared], *, freed: bool = False) -> list[Raw]:
+        """`_batch` in parts that fit in the device's memory. `freed`: this one was tried, then memory was made free."""
         kind = max(hf_batching.bucket(item) for item in prepared)
         size, until = self._fitting.get(kind, (len(prepared), 0.0))
         if len(prepared) > size and time.monotonic() < until:
@@ -217,6 +217,8 @@ class HFEngine(Engine):
         metrics.OUT_OF_MEMORY.labels(self.name).inc()
         self._free_memory()
         if len(prepared) == 1:
+            if not freed:
+                return self._fitted(prepared, freed=True)
             logger.error("engine %s: one request of bucket %s does not fit in memory", self.name, kind)
             return [Raw(prepared[0], error=self._does_not_fit(prepared[0]))]
         half = (len(prepared) + 1) // 2
@@ -257,12 +259,12 @@ class HFEngine(Engine):
 
     def _begun(self, prepared: Sequence[Prepared]) -> dict[str, Any] | None:
         """The same as ids, mask and a cache of what the prompts have in common; None where they have too little."""
-        longest = max(item.prompt_tokens + item.request.max_tokens for item in prepared)
-        if not self._shares_beginnings or self._image_id is None or longest > self._window:
+        unnamed = any(item.request.images and not item.image_keys for item in prepared)
+        if not self._shares_beginnings or self._image_id is None or unnamed:
             return None
         ids = [item.tensors["input_ids"][0].tolist() for item in prepared]
         made = hf_prefix.plan(ids, [item.image_keys for item in prepared], self._image_id)
-        if made is None:
+        if made is None or made.columns(ids) + max(item.request.max_tokens for item in prepared) > self._window:
             return None
         with self._looking([prepared[row] for row in made.representatives]):
             cache = hf_prefix.prefill(

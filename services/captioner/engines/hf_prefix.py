@@ -32,6 +32,10 @@ class Plan:
     beginning_of: list[int]
     cuts: list[int]
 
+    def columns(self, ids: Sequence[Sequence[int]]) -> int:
+        """Of the batch, the padding inside its rows included."""
+        return max(self.cuts) + max(len(tokens) - cut for tokens, cut in zip(ids, self.cuts, strict=True))
+
 
 def plan(ids: Sequence[Sequence[int]], pictures: Sequence[Hashable], image_token: int) -> Plan | None:
     """What B prompts (token ids of any lengths) over the given pictures can share; None if it is not worth it."""

@@ -155,6 +155,33 @@ def test_while_loading_requests_are_told_to_come_back(engine: Echo) -> None:
     batcher.stop()
 
 
+def test_the_largest_batch_may_be_chosen_while_loading() -> None:
+    """As by an engine that finds a GPU."""
+
+    class Larger(Echo):
+        def load(self) -> None:
+            super().load()
+            self.max_batch = 9
+
+    engine = Larger(max_batch=2)
+    with serving(engine) as start:
+        asyncio.run(submit_all(start(max_wait_ms=500), [str(n) for n in range(9)]))
+    assert [len(batch) for batch in engine.batches] == [9]
+
+
+def test_what_would_be_refused_is_refused_before_its_pictures_are_unpacked(
+    engine: Echo, start: Callable[..., Batcher]
+) -> None:
+    batcher = start(queue_size=2)
+    with batcher.unpacking(), batcher.unpacking(), pytest.raises(TooBusy), batcher.unpacking():
+        pytest.fail("a third is unpacked for two places")
+    with batcher.unpacking():
+        pass  # a place is free again
+    batcher.stop()
+    with pytest.raises(Unavailable), batcher.unpacking():
+        pytest.fail("unpacked for nobody")
+
+
 def test_failed_load_is_reported_and_answers_every_request(engine: Echo, start: Callable[..., Batcher]) -> None:
     engine.load_errors = [InvalidInput("no such model; choose another")]
     batcher = start()

@@ -382,7 +382,7 @@ def test_model_list_tells_engine_revision_and_readiness(send: Callable[..., http
     (card,) = body["data"]
     assert (card["id"], card["object"], card["owned_by"]) == ("describe", "model", "captune")
     assert card["created"] > 1_500_000_000
-    expected = {"engine": "attributes", "revision": "describe-1", "precision": "fp32", "ready": True}
+    expected = {"engine": "attributes", "revision": "describe-1", "precision": "fp32", "ready": True, "error": None}
     assert card["captune"] == {**expected, "captions_per_second": None}  # it does not warm up
     assert send("GET", "/v1/models/describe").json() == card
     assert error_of(send("GET", "/v1/models/nope"))["code"] == "model_not_found"

@@ -139,6 +139,19 @@ def test_the_prompts_of_a_picture_begin_together_and_end_as_if_alone(load: Load,
     assert len({generation.text for generation in together}) == len(SHARING)
 
 
+def test_padding_inside_rows_never_pushes_words_out_of_a_sliding_window(load: Load) -> None:
+    """Two pictures whose prompts part at unlike places: far more columns than the longest row has tokens."""
+    engine = load("gemma3", "fp32")
+    long, short = "to tell it apart from all the others, say what ", "so "
+    requests = [
+        *(ask(A, prompt=long + end, max_tokens=16) for end in ("fur", "tail")),
+        *(ask(B, prompt=end + short * 16, max_tokens=16) for end in ("fur ", "tail ")),
+    ]
+    prepared = [engine.prepare(request) for request in requests]
+    assert max(each.prompt_tokens for each in prepared) + 16 <= engine._window
+    assert run(engine, requests) == [run(engine, [request])[0] for request in requests]
+
+
 @every_architecture
 @pytest.mark.parametrize("precision", ["bf16", "nf4"])
 def test_batched_and_single_scores_agree_within_rounding(load: Load, architecture: str, precision: str) -> None:

@@ -30,6 +30,13 @@ def test_a_picture_is_never_cut() -> None:
     assert plan([[5, 0, 0, 1], [6, 0, 0, 1], [6, 0, 0, 1]], ["a", "a", "a"], IMAGE) is None, "text before the picture"
 
 
+def test_the_padding_inside_rows_counts_as_columns() -> None:
+    ids = [[0, 5, 5, 5, 5, 1], [0, 5, 5, 5, 5, 2], [0, 1, 5, 5, 5, 5, 5], [0, 2, 5, 5, 5, 5, 5]]
+    made = plan(ids, ["a", "a", "b", "b"], IMAGE)
+    assert made == Plan([0, 2], [0, 0, 1, 1], cuts=[5, 5, 1, 1])
+    assert made.columns(ids) == 5 + 6, "a sliding window sees these, not the 7 of the longest row"
+
+
 @given(st.lists(st.tuples(picture, prompt), min_size=1, max_size=12))
 def test_a_plan_gives_every_request_its_own_beginning(rows: list[tuple[int, list[int]]]) -> None:
     ids = [[9, IMAGE, IMAGE, *words] for _, words in rows]
