@@ -77,7 +77,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measure(engine: Any, batch: int, device: torch.device, rounds: int) -> dict[str, float]:
+def measure(engine: Any, batch: int, device: torch.device, rounds: int) -> dict[str, Any]:
     asked = requests(batch)
     began = _now(device)
     prepared = [engine.prepare(request) for request in asked]
@@ -97,7 +97,7 @@ def measure(engine: Any, batch: int, device: torch.device, rounds: int) -> dict[
     return {
         "captions_per_second": batch / whole,
         "tokens_per_second": tokens / whole,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan"),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
         "prepare_ms": 1000 * prepare,
         "prepare_share": prepare * batch / (prepare * batch + whole),
         "step_ms": 1000 * (whole - prefill) / (TOKENS - 1),

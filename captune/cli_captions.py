@@ -15,7 +15,7 @@ FORMATS: tuple[str, ...] = get_args(TransferFormat)
 _SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".zip": "txt"}
 _SAME_NAME = (  # options that are fields of the request under the same name
     "dataset_id", "engine", "words", "domain", "split", "shots", "shot_seed", "seed", "limit", "temperature",
-    "clip_model", "shear_tokens",
+    "clip_model", "shear_tokens", "reasks",
 )  # fmt: skip
 
 
@@ -28,15 +28,21 @@ def request_of(args: argparse.Namespace) -> dict[str, Any]:
         request["mode"] = "overwrite"
     if args.agreement:
         request["agreement"] = True
+    if args.language is not None:
+        request["language"] = None if args.language == "any" else args.language
     names = args.characteristics.split(",") if args.characteristics else []
     if names or args.template:
         request["characteristics"] = names + [{"name": name, "template": text} for name, text in args.template]
     selection = {"caption_ids": args.redo_caption, "class_name": args.redo_class, "flag": args.redo_flag}
+    if args.redo_excluded:
+        selection["excluded"] = True
     selection = {name: value for name, value in selection.items() if value is not None}
     if args.redo is not None:
         request["redo"] = {"caption_job_id": args.redo, **selection}
     elif selection:
-        raise ValueError("--redo-caption, --redo-class and --redo-flag select among the captions of --redo cap_…")
+        raise ValueError(
+            "--redo-caption, --redo-class, --redo-flag and --redo-excluded select among the captions of --redo cap_…"
+        )
     return request
 
 
@@ -58,6 +64,7 @@ def captions_list(args: argparse.Namespace) -> int:
         "class_name": args.class_name,
         "characteristic": args.characteristic,
         "flag": args.flag,
+        "flagged": args.flagged,
         "excluded": args.excluded,
         "edited": args.edited,
         "q": args.search,
@@ -156,6 +163,7 @@ def add(
     listing.add_argument("--class", dest="class_name")
     listing.add_argument("--characteristic")
     listing.add_argument("--flag", choices=FLAGS)
+    listing.add_argument("--flagged", choices=["any", "none"], help="with a flag at all, or without")
     listing.add_argument("--excluded", type=_yes_no, metavar="yes|no", help="left out of training by hand")
     listing.add_argument("--edited", type=_yes_no, metavar="yes|no")
     listing.add_argument("--search", metavar="WORDS", help="""as on the web: '"soft coat" -grey or brown'""")
@@ -207,10 +215,13 @@ def _add_caption(cap: argparse.ArgumentParser, waiting: Callable[[argparse.Argum
     cap.add_argument("--overwrite", action="store_true", help="ask again for what was written before")
     cap.add_argument("--redo", metavar="CAPTION_JOB_ID", help="ask again for a selection of this job's captions")
     cap.add_argument("--redo-flag", choices=FLAGS, help="select by flag")
+    cap.add_argument("--redo-excluded", action="store_true", help="select what was left out of training by hand")
     cap.add_argument("--redo-class", metavar="CLASS", help="select by class")
     cap.add_argument("--redo-caption", action="append", metavar="CAPTION_ID", help="select one by one; repeatable")
     cap.add_argument("--clip-model", help="whose tokenizer sets the length budget (default: starter)")
     cap.add_argument("--shear-tokens", type=int, help="cut every caption to at most this many CLIP tokens")
+    cap.add_argument("--reasks", type=int, choices=range(3), help="how often to ask for fewer words (default: 2)")
+    cap.add_argument("--language", choices=["en", "any"], help="any: not checked (default: en)")
     cap.add_argument("--agreement", action="store_true", help="measure how well texts and images agree")
     cap.add_argument("--dry-run", action="store_true", help="only say what it would do and cost")
     cap.add_argument("--live", action="store_true", help="with --dry-run: caption one image now, storing nothing")

@@ -18,7 +18,11 @@ def upgrade() -> None:
     op.add_column("captions", sa.Column("version", sa.Integer(), server_default="1", nullable=False))
     op.add_column("captions", sa.Column("original_text", sa.Text(), nullable=True))
     op.add_column("captions", sa.Column("edited_by", sa.Text(), nullable=True))
-    op.add_column("captions", sa.Column("agreement", postgresql.JSONB(astext_type=sa.Text()), nullable=True))
+    op.add_column(
+        "caption_job_items",
+        sa.Column("flags", postgresql.ARRAY(sa.Text()), server_default="{}", nullable=False),
+    )
+    op.add_column("caption_job_items", sa.Column("agreement", postgresql.JSONB(astext_type=sa.Text()), nullable=True))
     op.create_index(
         "ix_captions_search",
         "captions",
@@ -29,5 +33,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_index("ix_captions_search", table_name="captions", postgresql_using="gin")
-    for column in ("agreement", "edited_by", "original_text", "version", "excluded", "clip_tokens"):
+    for column in ("agreement", "flags"):
+        op.drop_column("caption_job_items", column)
+    for column in ("edited_by", "original_text", "version", "excluded", "clip_tokens"):
         op.drop_column("captions", column)

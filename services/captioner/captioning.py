@@ -40,8 +40,9 @@ def caption(claim: Claim, settings: CaptionWorkerSettings | None = None, connect
     with claim.core.transaction() as session:
         names = display_names(session.get_one(Dataset, request.dataset_id))
     core = claim.core.settings
+    counter = token_counter(request.clip_model, core.model_cache, core.model_roots)
     inspector = Inspector(
-        token_counter(request.clip_model, core.model_cache, core.model_roots),
+        counter,
         list(names.values()),
         shear_tokens=request.shear_tokens,
         language=request.language,
@@ -51,7 +52,7 @@ def caption(claim: Claim, settings: CaptionWorkerSettings | None = None, connect
     mark_duplicates(claim, claim.id)
     if request.agreement:
         measure_agreement(claim, claim.id, request.clip_model)
-    return lambda session: _result(session, claim, request, model, outcome)
+    return lambda session: _result(session, claim, request, model, outcome) | {"budget": counter.context_length}
 
 
 async def _work(
@@ -109,7 +110,7 @@ def _result(
             f"the captioner refused all {outcome.failed} requests; the first: {outcome.failures[0]['message']}",
             code="nothing_captioned",
         )
-    each = select(func.unnest(Caption.flags).label("flag"))
+    each = select(func.unnest(Caption.flags + CaptionJobItem.flags).label("flag"))
     each = each.join(CaptionJobItem, CaptionJobItem.caption_id == Caption.id)
     flag = each.where(CaptionJobItem.job_id == claim.id).subquery().c.flag
     flags = session.execute(select(flag, func.count()).group_by(flag).order_by(flag))

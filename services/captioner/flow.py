@@ -8,13 +8,14 @@ pictures in flight and a few batches of rows, whatever the number of images."""
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from services.captioner.asking import Asker
 from services.captioner.planning import PAGE, Picture, Selection, Wanted, image_pages
@@ -32,6 +33,8 @@ CHECK_SECONDS = 0.2  # between looks at whether the job must stop
 FLUSH_SECONDS = 0.5  # the most work that a kill costs
 BATCH = 1000  # rows that are written without waiting for that
 BACKLOG = 4 * BATCH  # rows that wait for a slow database before the asking waits too
+FLUSH_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between tries to reach a database that is away
+REMEMBERED = BACKLOG  # questions, with their answers, that later images with the same bytes may share
 READERS = 4  # threads that read pictures
 KEPT_FAILURES = 100
 BROWSER_TYPES = ("image/jpeg", "image/png", "image/webp")  # other formats are sent as PNG
@@ -81,8 +84,12 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
 class _Begun:
     """An image whose captions are being asked for. Its bytes are read once and held until the last is answered."""
 
-    picture: asyncio.Future[bytes]
     left: int
+    picture: asyncio.Future[bytes] | None = None  # until the first of its captions is asked for itself
+
+
+Question = tuple[str, str]  # sha256, `Wanted.asked`
+Answered = asyncio.Future[Row | CaptuneError]  # the caption, or its refusal
 
 
 class Flow:
@@ -99,6 +106,7 @@ class Flow:
         self._links: list[str] = []
         self._room, self._full = asyncio.Event(), asyncio.Event()
         self._asked_all = False
+        self._questions: OrderedDict[Question, Answered] = OrderedDict()  # the last ones, answered or in flight
         self._surveying = ThreadPoolExecutor(1, "survey")
         self._reading = ThreadPoolExecutor(READERS, "read")
         self._writing = ThreadPoolExecutor(1, "write")
@@ -131,22 +139,46 @@ class Flow:
         async for survey in self._surveys():
             self._links += survey.links
             self._ripe()
-            self.outcome.images += survey.images - len(survey.todo)
+            todo: dict[Picture, list[tuple[Wanted, Answer | None]]]
+            todo = {image: [(each, None) for each in wanted] for image, wanted in survey.todo}
             for start in range(0, len(survey.copies), PAGE):
                 await self._turn()
-                for row in await asyncio.gather(*map(self._copy, survey.copies[start : start + PAGE])):
-                    self._add(row)
-            for image, todo in survey.todo:
+                copies = survey.copies[start : start + PAGE]
+                for (wanted, answer), row in zip(copies, await asyncio.gather(*map(self._copy, copies)), strict=True):
+                    if row is None:
+                        todo.setdefault(wanted.image, []).append((wanted, answer))
+                    else:
+                        self._add(row)
+            self.outcome.images += survey.images - len(todo)
+            for image, asked in todo.items():
                 await self._turn()
-                begun = _Begun(loop.run_in_executor(self._reading, self._read, image), len(todo))
-                self._begun += len(todo)
-                for each in todo:
-                    group.create_task(self._one(each, begun))
+                begun = _Begun(len(asked))
+                self._begun += len(asked)
+                for wanted, first in asked:
+                    question = image.sha256, wanted.asked
+                    known = None if wanted.replaces else self._questions.get(question)
+                    if known is not None:
+                        group.create_task(self._twin(wanted, known, begun))
+                        continue
+                    if begun.picture is None:
+                        begun.picture = loop.run_in_executor(self._reading, self._read, image)
+                    answered: Answered = loop.create_future()
+                    if not wanted.replaces:
+                        self._remember(question, answered)
+                    group.create_task(self._one(wanted, first, begun.picture, answered, begun))
             await self._turn()
 
-    async def _copy(self, found: tuple[Wanted, Answer]) -> Row:
+    def _remember(self, question: Question, answered: Answered) -> None:
+        self._questions[question] = answered
+        if len(self._questions) > REMEMBERED:
+            self._questions.popitem(last=False)
+
+    async def _copy(self, found: tuple[Wanted, Answer]) -> Row | None:
         wanted, answer = found
-        return await self._asker.copy(wanted, answer, self._surveyor.display_name(wanted.image.class_name))
+        return await self._asker.copy(wanted, answer, self._name(wanted))
+
+    def _name(self, wanted: Wanted) -> str:
+        return self._surveyor.display_name(wanted.image.class_name)
 
     async def _surveys(self) -> AsyncIterator[Survey]:
         """Each while the next one is made."""
@@ -176,13 +208,37 @@ class Flow:
             data, media_type = out.getvalue(), "image/png"
         return encode_picture(data, media_type)
 
-    async def _one(self, wanted: Wanted, begun: _Begun) -> None:
+    async def _one(
+        self,
+        wanted: Wanted,
+        first: Answer | None,
+        picture: asyncio.Future[bytes],
+        answered: Answered,
+        begun: _Begun,
+    ) -> None:
         """A refusal of one caption is an answer, not the end of the job; so is a picture that the store has lost."""
+        result: Row | CaptuneError
         try:
-            picture = await begun.picture
-            self._add(await self._asker.ask(wanted, picture, self._surveyor.display_name(wanted.image.class_name)))
+            result = await self._asker.ask(wanted, await picture, self._name(wanted), first)
         except (InvalidInput, NotFound) as refused:
-            self.outcome.refuse(wanted.image.path, refused)
+            result = refused
+        self._end(wanted, result, begun)
+        answered.set_result(result)
+
+    async def _twin(self, wanted: Wanted, known: Answered, begun: _Begun) -> None:
+        """The same question about the same bytes as in another image of the job: its answer is copied."""
+        result = await asyncio.shield(known)  # whoever is cancelled here does not cancel it for the others
+        if not isinstance(result, CaptuneError):
+            copied = await self._copy((wanted, Answer(result["id"], result["key"], result["provenance"])))
+            assert copied is not None  # finished alike
+            result = copied
+        self._end(wanted, result, begun)
+
+    def _end(self, wanted: Wanted, result: Row | CaptuneError, begun: _Begun) -> None:
+        if isinstance(result, CaptuneError):
+            self.outcome.refuse(wanted.image.path, result)
+        else:
+            self._add(result)
         self._begun -= 1
         begun.left -= 1
         self.outcome.images += not begun.left
@@ -202,23 +258,38 @@ class Flow:
         while not self._asked_all:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._full.wait(), FLUSH_SECONDS)
+            await self._flush_patiently()
             self._full.clear()
-            await self._flush()
+            self._ripe()
+        await self._flush_patiently()
+
+    async def _flush_patiently(self) -> None:
+        """A database that restarts, or broke a deadlock at this transaction's cost, is asked again."""
+        for pause in FLUSH_PAUSES:
+            try:
+                return await self._flush()
+            except OperationalError as error:
+                log.warning(
+                    "captions wait for the database", extra={"job_id": self._claim.id, "error": str(error.orig)}
+                )
+            await asyncio.sleep(pause)
         await self._flush()
 
     async def _flush(self) -> None:
-        rows, self._rows = self._rows, []
-        links, self._links = self._links, []
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._writing, self._commit, rows, links, self.outcome.images)
+        await loop.run_in_executor(self._writing, self._commit, self.outcome.images)
         self._room.set()
 
-    def _commit(self, rows: list[Row], links: list[str], images: int) -> None:
+    def _commit(self, images: int) -> None:
+        """Runs on the one writing thread, while more is appended. What is not committed stays for the next time."""
         claim = self._claim
+        rows, links = self._rows[:], self._links[:]
         if rows or links:
             assert claim.dataset_id is not None
             with claim.transaction() as session:
                 where = {"job_id": claim.id, "owner": claim.owner, "dataset_id": claim.dataset_id}
                 if write(session, **where, rows=rows, links=links):
                     claim.advanced(session)  # what is there already is no progress, or attempts would have no bound
+            del self._rows[: len(rows)]
+            del self._links[: len(links)]
         claim.progress("captioning", images, self._total)

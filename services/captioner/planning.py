@@ -124,18 +124,22 @@ def wanted_for(image: Picture, request: CaptionJobRequest, model: dict[str, Any]
     return [Wanted(image, *each) for each in asks(request, model, display_name)]
 
 
-def asks(request: CaptionJobRequest, model: dict[str, Any], display_name: str) -> list[tuple[str, str, int, str]]:
-    """What `wanted_for` says of every image of a class: (characteristic, prompt, seed, key).
+def asks(
+    request: CaptionJobRequest, model: dict[str, Any], display_name: str, samples: int | None = None
+) -> list[tuple[str, str, int, str]]:
+    """What `wanted_for` says of every image of a class: (characteristic, prompt, seed, key). `samples`: of each prompt,
+    where not as many as the request says.
 
     A key's first part hashes what the model is asked: prompt, model, revision, generation parameters, seed, and the
-    metadata that engines without a language model go by. Its second part hashes what decides how the answer is cut and
-    checked, so that a job for another CLIP has captions of its own, made from the same answers."""
-    finishing = _digest([request.clip_model, request.shear_tokens, request.language])[:12]
+    metadata that engines without a language model go by. Its second part hashes what decides how the answer is asked
+    for in fewer words, cut and checked, so that a job for another CLIP has captions of its own, made from the same
+    answers."""
+    finishing = _digest([request.clip_model, request.reasks, request.shear_tokens, request.language])[:12]
     found = []
     for each in request.characteristics:
         told = metadata(request, characteristic_name(each), display_name, request.words)
         prompt = render(each, class_name=display_name, domain=told["domain"], words=request.words)
-        for seed in range(request.seed, request.seed + request.samples_per_prompt):
+        for seed in range(request.seed, request.seed + (samples or request.samples_per_prompt)):
             identity = [prompt, told, request.engine, model["revision"], generation(request), seed]
             found.append((told["characteristic"], prompt, seed, f"{_digest(identity)}-{finishing}"))
     return found
@@ -178,7 +182,7 @@ def to_redo(redo: Redo, job_id: str | None = None) -> Select[Caption]:
         of_class = aliased(Image)
         query = query.join(of_class, of_class.id == Caption.image_id).where(of_class.class_name == redo.class_name)
     if redo.flag is not None:
-        query = query.where(Caption.flags.contains([redo.flag]))
+        query = query.where((Caption.flags + CaptionJobItem.flags).contains([redo.flag]))
     if redo.excluded is not None:
         query = query.where(Caption.excluded == redo.excluded)
     return query

@@ -19,6 +19,11 @@ from shared.errors import CaptuneError, InvalidInput, Unavailable
 
 REFUSALS = (400, 413, 422)  # of this very request; any other failure says something of the server
 BUSY = (429, 503)
+ENGINE_FAILED = "engine_failed"  # the error code of a 500 where the model broke on this very request
+ENGINE_TRIES = 3  # answers with that code until it is this caption's refusal
+TRIES = 10  # other failures of one request, each after others were answered, until they are
+GRACE_SECONDS = 30.0  # the captioner answers by its own deadline, unless it hangs
+LONGEST_TEXT = 8000  # characters; a caption has a few hundred
 LOADING_SECONDS = 1800.0  # a model of many gigabytes is downloaded once
 LONGEST_PAUSE = 30.0  # seconds, whatever a Retry-After says
 T = TypeVar("T")
@@ -54,8 +59,12 @@ def encode_picture(data: bytes, media_type: str) -> bytes:
 
 class Captioner:
     """Failures that are not the request's own (connection, 401, 404, 429, 5xx, an unreadable answer) are retried with
-    jitter, honouring Retry-After, for `patience` seconds; then `Unavailable`. A 429 lowers how many requests are in
-    flight. Proxy settings are ignored: pictures go to the captioner and nowhere else.
+    jitter, honouring Retry-After. Two things end that. `Unavailable`: this request has failed for `patience` seconds
+    (waiting for a slot not counted), and nobody else was answered either. `InvalidInput`: the request itself is at
+    fault, for the model broke on it ENGINE_TRIES times, or it failed TRIES times while others were answered. Being busy
+    (429, 503, no answer in time) is never a request's fault; it lowers how many are in flight.
+
+    Proxy settings are ignored: pictures go to the captioner and nowhere else.
 
     One httpx client per connection: measured at 64 in flight, a request costs 0.5 ms of CPU so, and 2.4 ms where they
     share a pool, which httpcore walks through for every request."""
@@ -68,6 +77,7 @@ class Captioner:
         }
         self._tls = ssl.create_default_context()
         self._patience = patience
+        self.timeout = httpx.Timeout(settings.request_timeout_s + GRACE_SECONDS, connect=5.0)
         self.slots = Slots(settings.caption_concurrency)
         self._idle: list[httpx.AsyncClient] = []
         self._clients: list[httpx.AsyncClient] = []
@@ -82,7 +92,7 @@ class Captioner:
 
     async def model(self, name: str) -> dict[str, Any]:
         """What `/v1/models` says of a model: `{engine, revision, precision, ...}`. Waits while it loads.
-        Raises InvalidInput if it is not served."""
+        Raises InvalidInput if it is not served, or could not be loaded."""
         deadline = time.monotonic() + LOADING_SECONDS
         while True:
             cards = await self._send("GET", "/models", None, _cards)
@@ -94,6 +104,12 @@ class Captioner:
                 )
             if cards[name]["ready"]:
                 return cards[name]
+            if error := cards[name].get("error"):
+                raise InvalidInput(
+                    f"the caption model '{name}' could not be loaded: {error}",
+                    code="engine_failed_to_load",
+                    param="engine",
+                )
             if time.monotonic() > deadline:
                 raise Unavailable(f"the caption model '{name}' has not loaded; see the captioner's /readyz")
             await asyncio.sleep(1.0)
@@ -114,20 +130,25 @@ class Captioner:
         return Reply(**reply, milliseconds=round(1000 * (time.perf_counter() - began), 1))
 
     async def _send(self, method: str, path: str, body: bytes | None, read: Callable[[Any], T]) -> T:
-        failing_since: float | None = None
+        failed_at: float | None = None  # the last time
+        failing_since = 0.0
+        broke = faults = 0
         wait = 0.25
         while True:
+            queued = time.monotonic()
             async with self.slots:
+                failing_since += time.monotonic() - queued
                 response = await self._try(method, path, body)
             after: float | None = None
-            status: int | None = None
+            busy = isinstance(response, httpx.ReadTimeout)
+            faulty = False
             if isinstance(response, httpx.RequestError):
                 reason = f"cannot be reached ({type(response).__name__})"
             elif response.is_success:
                 try:
                     found = read(response.json())
                 except (ValueError, KeyError, TypeError, IndexError):
-                    reason = "answered with something that is no answer"
+                    reason, faulty = "answered with something that is no answer", True
                 else:
                     self._answered = time.monotonic()
                     self.slots.widen()
@@ -136,23 +157,28 @@ class Captioner:
                 self._answered = time.monotonic()
                 raise _refused(response)
             else:
-                status = response.status_code
-                reason, after = f"answered {status}", _retry_after(response)
-            slow = isinstance(response, httpx.ReadTimeout)
-            if status in BUSY or slow:
-                self.slots.narrow()
+                reason, after = f"answered {response.status_code}", _retry_after(response)
+                busy = response.status_code in BUSY
+                faulty = not busy
+                refusal = _refused(response)
+                broke += refusal.code == ENGINE_FAILED
+                if broke == ENGINE_TRIES:
+                    raise refusal
             now = time.monotonic()
-            failing_since = failing_since or now
+            if busy:
+                self.slots.narrow()
+            if failed_at is None:
+                failing_since = now
+            elif faulty and self._answered > failed_at:
+                faults += 1
+            if faults == TRIES - 1:
+                raise InvalidInput(
+                    f"the captioner {reason} each of {TRIES} times it was asked this, and others were answered",
+                    code="captioner_failed",
+                )
+            failed_at = now
             pause = wait * random.uniform(0.5, 1.5) if after is None else after * random.uniform(1.0, 1.2)
-            # One that is busy with others is waited for; one that answers others and fails on this has refused it.
-            serves_others = self._answered > failing_since
-            since = self._answered if serves_others and status == 429 else failing_since
-            if now + pause - since > self._patience:
-                if serves_others and (slow or (status or 0) >= 500):
-                    raise InvalidInput(
-                        f"the captioner {reason} each time it was asked this, and others were answered",
-                        code="captioner_failed",
-                    )
+            if now + pause - max(failing_since, self._answered) > self._patience:
                 raise Unavailable(f"the captioner {reason} for {self._patience:.0f} s; is it running?", retry_after=10)
             await asyncio.sleep(pause)
             wait = min(wait * 2, 5.0)
@@ -161,9 +187,7 @@ class Captioner:
         if self._idle:
             client = self._idle.pop()
         else:
-            client = httpx.AsyncClient(
-                headers=self._headers, verify=self._tls, timeout=httpx.Timeout(300.0, connect=5.0), trust_env=False
-            )
+            client = httpx.AsyncClient(headers=self._headers, verify=self._tls, timeout=self.timeout, trust_env=False)
             self._clients.append(client)
         try:
             return await client.request(method, self._base + path, content=body)
@@ -180,7 +204,7 @@ def _cards(answer: Any) -> dict[str, dict[str, Any]]:
 def _reply(answer: Any) -> tuple[dict[str, Any], str]:
     choice, usage = answer["choices"][0], answer["usage"]
     reply = {
-        "text": _storable(choice["message"]["content"] or ""),
+        "text": _storable((choice["message"]["content"] or "")[:LONGEST_TEXT]),
         "finish_reason": str(choice["finish_reason"]),
         "prompt_tokens": int(usage["prompt_tokens"]),
         "completion_tokens": int(usage["completion_tokens"]),

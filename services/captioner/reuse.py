@@ -3,27 +3,29 @@
 The very caption, of the same image: the job takes it as it is, edits included. The same question asked about the same
 bytes elsewhere among the owner's data sets: the answer is copied. Nothing is ever taken from another owner."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from services.captioner.planning import Picture, Wanted, asks, to_redo
+from services.captioner.planning import ASKED, Picture, Wanted, asks, to_redo
 from shared.db.models import Caption, CaptionJobItem
 from shared.schemas.captions import CaptionJobRequest, Redo
 from shared.templates import display_name
 
-# One row per question, however many images have the same bytes.
+# One row per question, however many images have the same bytes: one that was finished alike, if there is one.
 _ANSWERED = text("""
-    SELECT wanted.sha256, wanted.asked, found.id, found.job_id, found.provenance
-    FROM unnest(CAST(:sha256 AS text[]), CAST(:asked AS text[])) AS wanted(sha256, asked)
+    SELECT wanted.sha256, found.id, found.key, found.provenance
+    FROM unnest(CAST(:sha256 AS text[]), CAST(:key AS text[]), CAST(:asked AS text[])) AS wanted(sha256, key, asked)
     CROSS JOIN LATERAL (
-        SELECT captions.id, captions.provenance->>'job_id' AS job_id, captions.provenance
+        SELECT captions.id, captions.key, captions.provenance
         FROM images JOIN captions ON captions.image_id = images.id
         WHERE images.sha256 = wanted.sha256 AND images.owner = :owner AND captions.owner = :owner
           AND starts_with(captions.key, wanted.asked)
+        ORDER BY captions.key <> wanted.key
         LIMIT 1
     ) AS found
 """)
@@ -33,8 +35,13 @@ class Answer(NamedTuple):
     """A caption that holds the answer to a question."""
 
     caption_id: str
-    job_id: str | None
+    key: str
     provenance: dict[str, Any]
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Of a copy's provenance."""
+        return {"caption_id": self.caption_id, "job_id": self.provenance.get("job_id")}
 
 
 class _There(NamedTuple):
@@ -52,7 +59,6 @@ class Survey:
     todo: list[tuple[Picture, list[Wanted]]] = field(default_factory=list)  # to ask the model for
     links: list[str] = field(default_factory=list)  # captions that are there and become the job's
     copies: list[tuple[Wanted, Answer]] = field(default_factory=list)
-    have: int = 0  # captions that are the job's already
 
 
 class Surveyor:
@@ -68,39 +74,40 @@ class Surveyor:
     ) -> None:
         self._request, self._model, self._names = request, model, names
         self._owner, self._job_id = owner, job_id
-        self._asks: dict[str, list[tuple[str, str, int, str]]] = {}
+        self._asks: dict[tuple[str, int], list[tuple[str, str, int, str]]] = {}
 
     def display_name(self, class_name: str) -> str:
         return self._names.get(class_name) or display_name(class_name)
 
-    def wanted(self, image: Picture) -> list[Wanted]:
-        """An image's captions; prompts and keys are made once per class."""
-        found = self._asks.get(image.class_name)
+    def wanted(self, image: Picture, samples: int | None = None) -> list[Wanted]:
+        """An image's captions; prompts and keys are made once per class. `samples`: see `planning.asks`."""
+        samples = samples or self._request.samples_per_prompt
+        found = self._asks.get((image.class_name, samples))
         if found is None:
-            found = asks(self._request, self._model, self.display_name(image.class_name))
+            found = asks(self._request, self._model, self.display_name(image.class_name), samples)
             if len(self._asks) == 256:
                 self._asks.clear()  # classes come in any order and number
-            self._asks[image.class_name] = found
+            self._asks[image.class_name, samples] = found
         return [Wanted(image, *each) for each in found]
 
     def survey(self, session: Session, images: Sequence[Picture]) -> Survey:
         """A few queries, whatever the number of images."""
         survey = Survey(len(images))
         there = self._there(session, images)
-        pages = [(image, self.wanted(image)) for image in images]
         again: set[str] = set()
-        if self._request.redo is not None:
+        if self._request.redo is None:
+            pages = [(image, self.wanted(image)) for image in images]
+        else:
             again = self._to_redo(session, self._request.redo, there)
-            about = {(each.image_id, each.characteristic) for each in there.values() if each.id in again}
-            pages = [(image, [w for w in wanted if (image.id, w.characteristic) in about]) for image, wanted in pages]
+            pages = self._redone(self._request.redo, images, there, again)
         missing: list[tuple[Picture, list[Wanted]]] = []
         for image, wanted in pages:
             lacking: list[Wanted] = []
             for each in wanted:
                 found = there.get((image.id, each.key))
                 if found is not None and self._job_id in found.jobs:
-                    survey.have += 1
-                elif self._request.mode == "overwrite" or (found is not None and found.id in again):
+                    continue
+                if self._request.mode == "overwrite" or (found is not None and found.id in again):
                     lacking.append(each._replace(replaces=True))
                 elif found is not None:
                     survey.links.append(found.id)
@@ -120,6 +127,37 @@ class Surveyor:
             if todo:
                 survey.todo.append((image, todo))
         return survey
+
+    def _redone(
+        self, redo: Redo, images: Sequence[Picture], there: Mapping[tuple[str, str], _There], again: Set[str]
+    ) -> list[tuple[Picture, list[Wanted]]]:
+        """As many of each image and characteristic as are selected, less those that an earlier attempt wrote. First
+        those of the very keys that are selected, then by seeds counted up, over those that the job has already."""
+        left, most = Counter[tuple[str, str]](), Counter[tuple[str, str]]()  # by image and characteristic
+        taken, selected = set[tuple[str, str]](), set[tuple[str, str]]()  # image and key
+        for place, each in there.items():
+            about = each.image_id, each.characteristic
+            earlier, mine = redo.caption_job_id in each.jobs, self._job_id in each.jobs
+            most[about] += mine or earlier
+            if each.id in again:
+                selected.add(place)
+                left[about] += 1
+            elif mine or earlier:
+                taken.add(place)
+                left[about] -= not earlier
+        samples = max(most.values(), default=1)  # enough, whichever seeds are taken
+        pages = []
+        for image in images:
+            chosen = []
+            free = [each for each in self.wanted(image, samples) if (image.id, each.key) not in taken]
+            free.sort(key=lambda each: (each.image.id, each.key) not in selected)
+            for wanted in free:
+                about = image.id, wanted.characteristic
+                if left[about] > 0:
+                    left[about] -= 1
+                    chosen.append(wanted)
+            pages.append((image, chosen))
+        return pages
 
     def _there(self, session: Session, images: Sequence[Picture]) -> dict[tuple[str, str], _There]:
         """By (image, key). Two look-ups by an index each: PostgreSQL takes a job that is new for one of few captions,
@@ -146,7 +184,7 @@ class Surveyor:
         return set(session.scalars(to_redo(redo).with_only_columns(Caption.id).where(Caption.id == func.any(ids))))
 
     def _answered(self, session: Session, wanted: Sequence[Wanted]) -> dict[tuple[str, str], Answer]:
-        questions = list({(each.image.sha256, each.asked): None for each in wanted})
+        questions = {(each.image.sha256, each.asked): each.key for each in wanted}
         if not questions:
             return {}
         rows = session.execute(
@@ -154,7 +192,8 @@ class Surveyor:
             {
                 "sha256": [sha256 for sha256, _ in questions],
                 "asked": [asked for _, asked in questions],
+                "key": list(questions.values()),
                 "owner": self._owner,
             },
         )
-        return {(row.sha256, row.asked): Answer(row.id, row.job_id, row.provenance) for row in rows}
+        return {(row.sha256, row.key[:ASKED]): Answer(row.id, row.key, row.provenance) for row in rows}

@@ -3,9 +3,13 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, JsonValue, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+#: What a request to an `openai` engine says itself, and what would change the shape of the answer.
+_OWN_FIELDS = frozenset(
+    ("model", "messages", "stream", "n", "temperature", "seed", "stop", "max_tokens", "max_completion_tokens")
+)
 Precision = Literal["auto", "nf4", "int8", "bf16", "fp16", "fp32"]
 
 
@@ -36,6 +40,18 @@ class EngineSpec(BaseModel):
     revision: str | None = Field(
         default=None, max_length=200, description="what the operator knows of the weights behind base_urls"
     )
+    extra_body: dict[str, JsonValue] = Field(
+        default={},
+        description="sent along with each request, such as {'chat_template_kwargs': {'enable_thinking': false}}; "
+        "captions are reused for the same only",
+    )
+
+    @field_validator("extra_body")
+    @classmethod
+    def _nothing_of_its_own(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if own := sorted(_OWN_FIELDS.intersection(value)):
+            raise ValueError(f"{', '.join(own)} cannot be set here: the engine or each request sets them")
+        return value
 
 
 def _default_engines() -> dict[str, EngineSpec]:
@@ -64,6 +80,11 @@ class CaptionWorkerSettings(BaseSettings):
 
     captioner_url: str = Field(description="Base URL of the captioner's API, without /v1.")
     service_token: SecretStr
+    request_timeout_s: float = Field(
+        default=300.0,
+        gt=0,
+        description="The captioner's deadline of one request, in seconds: the same variable as its.",
+    )
     caption_concurrency: int = Field(
         default=192, ge=1, le=1024, description="Requests in flight, all the time: two of a GPU's largest batches."
     )

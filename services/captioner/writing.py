@@ -11,16 +11,19 @@ from sqlalchemy.orm import Session
 
 from shared.db.models import Caption, CaptionJobItem
 
-Row = dict[str, Any]  # id, image_id, key, characteristic, text, clip_tokens, flags, provenance; and `replaces`
+#: id, image_id, key, characteristic, text, clip_tokens, flags, provenance; `excluded` where true; and `replaces`
+Row = dict[str, Any]
 
 # In the order of the unique index, so that two jobs on the same images lock alike and never each other out.
 _INSERT = """
     INSERT INTO captions
-        (id, owner, dataset_id, image_id, key, characteristic, text, clip_tokens, flags, provenance)
-    SELECT id, :owner, :dataset_id, image_id, key, characteristic, text, clip_tokens, flags, provenance
+        (id, owner, dataset_id, image_id, key, characteristic, text, clip_tokens, flags, provenance, excluded)
+    SELECT
+        id, :owner, :dataset_id, image_id, key, characteristic, text, clip_tokens, flags, provenance,
+        coalesce(excluded, false)
     FROM json_to_recordset(CAST(:rows AS json)) AS new(
         id text, image_id text, key text, characteristic text, text text, clip_tokens int, flags text[],
-        provenance jsonb
+        provenance jsonb, excluded bool
     )
     ORDER BY image_id, key
 """
@@ -31,9 +34,18 @@ _REPLACE = text(
     ON CONFLICT (image_id, key) DO UPDATE SET
         characteristic = EXCLUDED.characteristic, text = EXCLUDED.text, clip_tokens = EXCLUDED.clip_tokens,
         flags = EXCLUDED.flags, provenance = EXCLUDED.provenance, version = captions.version + 1,
-        original_text = NULL, edited_by = NULL, excluded = false, agreement = NULL
+        original_text = NULL, edited_by = NULL, excluded = EXCLUDED.excluded
+    RETURNING id
     """
 )
+# In one order, the same as of the passes over a job's captions, so that none locks another out.
+_HOLD = text("""
+    SELECT FROM caption_job_items WHERE caption_id = ANY(CAST(:ids AS text[])) ORDER BY caption_id, job_id FOR UPDATE
+""")
+_FORGET = text("""
+    UPDATE caption_job_items SET flags = '{}', agreement = NULL
+    WHERE caption_id = ANY(CAST(:ids AS text[])) AND (flags <> '{}' OR agreement IS NOT NULL)
+""")
 _LINK = text("""
     INSERT INTO caption_job_items (job_id, caption_id)
     SELECT :job_id, captions.id
@@ -51,12 +63,15 @@ def write(
     """Stores the rows and makes them, and the captions named by `links`, the job's. Returns how many rows were new or
     replaced; one that another job wrote meanwhile is kept, and becomes this job's too."""
     written = 0
-    for statement, replaces in ((_ADD, False), (_REPLACE, True)):
-        if some := [row for row in rows if row["replaces"] is replaces]:
-            values = {"owner": owner, "dataset_id": dataset_id, "rows": json.dumps(some)}
-            result = session.execute(statement, values)
-            assert isinstance(result, CursorResult)
-            written += result.rowcount
+    where = {"owner": owner, "dataset_id": dataset_id}
+    if new := [row for row in rows if not row["replaces"]]:
+        result = session.execute(_ADD, where | {"rows": json.dumps(new)})
+        assert isinstance(result, CursorResult)
+        written += result.rowcount
+    if others := [row for row in rows if row["replaces"]]:
+        replaced = session.scalars(_REPLACE, where | {"rows": json.dumps(others)}).all()
+        forget_comparisons(session, replaced)
+        written += len(replaced)
     session.execute(
         _LINK,
         {
@@ -67,6 +82,14 @@ def write(
         },
     )
     return written
+
+
+def forget_comparisons(session: Session, caption_ids: Sequence[str]) -> None:
+    """What jobs said of these captions among their others belonged to texts that were replaced. Call after the texts
+    are changed, in the same transaction. Locked first, so that what a pass writes at the same time is seen here, or
+    the new text there."""
+    session.execute(_HOLD, {"ids": list(caption_ids)})
+    session.execute(_FORGET, {"ids": list(caption_ids)})
 
 
 def unlink_other_revisions(session: Session, job_id: str, revision: str, *, only_own: bool) -> None:

@@ -133,7 +133,8 @@ def _gather_captions(session: Session, request: FineTuningRequest, found: _Sourc
     """The usable captions of the training images; what the policy leaves out is counted under its first reason."""
     job = session.get_one(Job, request.caption_job_id)
     items = select(CaptionJobItem.caption_id).where(CaptionJobItem.job_id == job.id)
-    query = select(Caption.image_id, Caption.text, Caption.flags, Caption.excluded).where(Caption.id.in_(items))
+    query = select(Caption.image_id, Caption.text, Caption.flags + CaptionJobItem.flags, Caption.excluded)
+    query = query.join(CaptionJobItem, CaptionJobItem.caption_id == Caption.id).where(CaptionJobItem.job_id == job.id)
     wanted = {image.id for image in found.train}
     for image_id, text, flags, excluded in session.execute(query.order_by(Caption.image_id, Caption.key)):
         if image_id not in wanted:

@@ -161,22 +161,24 @@ class Caption(Base):
     characteristic: Mapped[str]
     text: Mapped[str]
     clip_tokens: Mapped[int]  # of the prefixed caption, for the tokenizer of the job's CLIP
-    flags: Mapped[list[str]] = mapped_column(server_default="{}")
+    flags: Mapped[list[str]] = mapped_column(server_default="{}")  # what the text shows by itself
     excluded: Mapped[bool] = mapped_column(server_default="false")
-    version: Mapped[int] = mapped_column(server_default="1")  # the ETag; raised by every change
+    version: Mapped[int] = mapped_column(server_default="1")  # the ETag; raised by every change of this row
     original_text: Mapped[str | None]  # before the first edit
     edited_by: Mapped[str | None]
-    agreement: Mapped[dict[str, Any] | None]
     provenance: Mapped[dict[str, Any]]  # prompt, engine, revision, parameters, tokens, milliseconds, attempt, raw text
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class CaptionJobItem(Base):
-    """Which captions a caption job delivered: its own, and the ones it found already written."""
+    """Which captions a caption job delivered: its own, and the ones it found already written; and what holds of each
+    among the captions of that job alone."""
 
     __tablename__ = "caption_job_items"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     caption_id: Mapped[str] = mapped_column(ForeignKey("captions.id", ondelete="CASCADE"), primary_key=True, index=True)
+    flags: Mapped[list[str]] = mapped_column(server_default="{}")  # duplicate, duplicate_other_class, low_agreement
+    agreement: Mapped[dict[str, Any] | None]
 
 
 class Checkpoint(Base):

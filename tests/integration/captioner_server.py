@@ -58,6 +58,7 @@ class CaptionerServer:
         self.answer: Callable[[Asked], Answer] = _plain
         self.revision = "r1"
         self.loading = 0  # how many times more `/v1/models` says that the model is not ready
+        self.error: str | None = None  # what it says of why
         self.asked: list[Asked] = []
         self.in_flight = self.most_in_flight = 0
         self.lock = threading.Lock()
@@ -75,6 +76,7 @@ class CaptionerServer:
     def models(self) -> dict[str, Any]:
         self.loading -= 1
         about = {"engine": "hf", "revision": self.revision, "precision": "nf4", "ready": self.loading < 0}
+        about |= {"error": self.error}
         return {"data": [{"id": "m", "captune": about}]}
 
     def chat(self, body: dict[str, Any]) -> Answer:

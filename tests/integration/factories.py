@@ -113,8 +113,17 @@ def caption_request(dataset_id: str, split: str = "train") -> dict[str, Any]:
 
 
 def add_caption(
-    core: Core, image: Image, job_id: str, text: str = "a soft coat", key: str = "k", **columns: Any
+    core: Core,
+    image: Image,
+    job_id: str,
+    text: str = "a soft coat",
+    key: str = "k",
+    *,
+    job_flags: Sequence[str] = (),
+    agreement: dict[str, Any] | None = None,
+    **columns: Any,
 ) -> str:
+    """`job_flags` and `agreement`: what the job says of it; further columns are the caption's."""
     id = new_id("txt")
     values = {"characteristic": "visual", "clip_tokens": 12, "provenance": {"engine": "attributes"}}
     with core.transaction() as session:
@@ -129,9 +138,21 @@ def add_caption(
                 **values | columns,
             )
         )
-        session.flush()
-        session.add(CaptionJobItem(job_id=job_id, caption_id=id))
+    share_caption(core, id, job_id, job_flags, agreement)
     return id
+
+
+def share_caption(
+    core: Core, caption_id: str, job_id: str, job_flags: Sequence[str] = (), agreement: dict[str, Any] | None = None
+) -> None:
+    """Makes a caption the job's, too."""
+    with core.transaction() as session:
+        session.add(CaptionJobItem(job_id=job_id, caption_id=caption_id, flags=list(job_flags), agreement=agreement))
+
+
+def read_item(core: Core, caption_id: str, job_id: str) -> CaptionJobItem:
+    with core.transaction() as session:
+        return session.get_one(CaptionJobItem, (job_id, caption_id))
 
 
 def fine_tune_request(dataset_id: str, **changes: Any) -> dict[str, Any]:

@@ -3,10 +3,16 @@
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from sqlalchemy import func, select
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
+from services.captioner import flow
+from services.captioner.writing import write
 from shared.core import Core
 from shared.db.models import Caption
 from shared.jobs.worker import Runner
@@ -109,6 +115,46 @@ def test_attempts_that_write_no_caption_are_bounded(core: Core, server: Captione
         assert (job.status, job.failures) == ("queued", failures), events_of(core, job_id)[-1].message
         change_job(core, job_id, run_after=LONG_AGO)
         server.revision = "r1"
+
+
+@dataclass
+class Failing:
+    """In the place of what writes captions: fails so many times, from the first that has any, then works."""
+
+    times: int
+    calls: int = 0
+
+    def __call__(self, session: Session, **what: Any) -> int:
+        if what["rows"]:
+            self.calls += 1
+            if self.calls <= self.times:
+                raise OperationalError("INSERT", {}, Exception("the database restarts"))
+        return write(session, **what)
+
+
+def test_a_database_that_is_away_for_a_moment_costs_nothing(
+    core: Core, server: CaptionerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = Failing(2)
+    monkeypatch.setattr(flow, "write", failing)
+    monkeypatch.setattr(flow, "FLUSH_PAUSES", (0.01, 0.01, 0.01))
+    job_id = submit(core, add_dataset(core, images=20))
+    assert counted(done(core, job_id), "captions", "written") == (80, 80)
+    assert (server.calls, read_job(core, job_id).attempt) == (80, 1)
+    assert failing.calls > 2
+
+
+def test_what_could_not_be_written_is_tried_once_more_at_the_end(
+    core: Core, server: CaptionerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flow, "FLUSH_PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(flow, "write", Failing(3))
+    gate = Gate(server, 30)
+    job_id = submit(core, add_dataset(core, images=20))
+    job = run(core, job_id)
+    gate.open.set()
+    assert (job.status, job.failures) == ("queued", 1), "tries are bounded"
+    assert len(captions_of(core, job_id)) == 30, "all that was answered"
 
 
 def test_two_jobs_at_once_double_nothing(core: Core, server: CaptionerServer) -> None:

@@ -8,7 +8,14 @@ from sqlalchemy import select
 from services.captioner.routes import report as module
 from shared.core import Core
 from shared.db.models import Image
-from tests.integration.factories import add_caption, add_dataset, add_job, caption_request
+from tests.integration.factories import (
+    add_caption,
+    add_dataset,
+    add_job,
+    caption_request,
+    change_job,
+    share_caption,
+)
 from tests.integration.support import Api
 
 
@@ -42,14 +49,23 @@ def test_the_captions_of_a_job_in_figures(api: Api, core: Core, job: tuple[str, 
     )
     long = add_caption(core, dog, job_id, "", key="3", clip_tokens=78, flags=["over_budget", "empty"], excluded=True)
     edited = add_caption(
-        core, dog, job_id, "so soft", key="4", characteristic="shape", original_text="x", flags=["empty"]
+        core,
+        dog,
+        job_id,
+        "so soft",
+        key="4",
+        characteristic="shape",
+        original_text="x",
+        flags=["empty"],
+        job_flags=["duplicate"],
     )
     elsewhere = add_job(core, request=caption_request(cat.dataset_id), dataset_id=cat.dataset_id, status="succeeded")
     add_caption(core, cat, elsewhere, "not of this job", key="5", flags=["refusal"])
+    share_caption(core, edited, elsewhere, ["low_agreement"], score | {"clip_score": 2.0})
 
     report = read(api, job_id)
     assert (report["images"], report["captions"], report["excluded"], report["edited"]) == (2, 4, 1, 1)
-    assert report["flags"] == {"empty": 2, "over_budget": 1}
+    assert report["flags"] == {"empty": 2, "duplicate": 1, "over_budget": 1}
     assert report["characteristics"] == {"visual": 3, "shape": 1}
     assert report["budget"] == 77
     held = {(b["low"], b["high"]): b["captions"] for b in report["tokens"] if b["captions"]}
@@ -62,7 +78,14 @@ def test_the_captions_of_a_job_in_figures(api: Api, core: Core, job: tuple[str, 
     assert {flag: [c["id"] for c in some] for flag, some in report["examples"].items()} == {
         "empty": sorted([long, edited]),
         "over_budget": [long],
+        "duplicate": [edited],
     }
+    assert [(c["flags"], c["agreement"]) for c in report["examples"]["duplicate"]] == [(["empty", "duplicate"], None)]
+    other = read(api, elsewhere)
+    assert (other["flags"], other["agreement"]) == (
+        {"empty": 1, "low_agreement": 1, "refusal": 1},
+        {"clip_score": 2.0, "recall_at_1": 1.0},
+    )
     assert report["examples"]["over_budget"][0]["path"] == dog.path
 
 
@@ -90,5 +113,8 @@ def test_the_budget_is_that_of_the_jobs_clip(api: Api, core: Core) -> None:
     request = caption_request(dataset) | {"clip_model": "ViT-B-32/openai"}
     id = add_job(core, request=request, dataset_id=dataset, status="succeeded")
     assert read(api, id)["budget"] == 77
+    change_job(core, id, result={"budget": 64})
+    report = read(api, id)
+    assert (report["budget"], report["tokens"][-1]["high"]) == (64, 64)
     answer = api.anna.get(f"/v1/caption_jobs/{dataset}/report")  # an id, but of no caption job
     assert (answer.status_code, answer.json()["code"]) == (404, "not_found")

@@ -2,12 +2,15 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from services.captioner import captioning
 from services.captioner.planning import check_redo
 from shared.auth import Principal
+from shared.clip_tokens import TokenCounter, token_counter
 from shared.core import Core
 from shared.db.models import Caption
 from shared.errors import CaptuneError
@@ -23,8 +26,8 @@ from tests.integration.caption_jobs import (
     interrupted,
     submit,
 )
-from tests.integration.captioner_server import Answer, CaptionerServer, captioner_server
-from tests.integration.factories import add_dataset, add_job, change_job
+from tests.integration.captioner_server import Answer, Asked, CaptionerServer, captioner_server
+from tests.integration.factories import add_dataset, add_job, change_job, image_row
 
 
 @pytest.fixture
@@ -95,6 +98,111 @@ def test_another_length_is_cut_from_the_same_answers(core: Core, server: Caption
     assert min(row.clip_tokens for row in captions_of(core, first)) > 16, "the first job's are as they were"
 
 
+def too_long_at_first(asked: Asked) -> Answer:
+    return Answer(SENTENCE * (9 if asked.words == 50 else 2))
+
+
+def test_another_number_of_reasks_goes_on_from_the_first_answers(core: Core, server: CaptionerServer) -> None:
+    server.answer = too_long_at_first
+    dataset_id = add_dataset(core, images=1)
+    trimmed = caption_all(core, dataset_id, reasks=0)
+    assert server.calls == 4
+    again = submit(core, dataset_id, reasks=2)
+    assert counted(done(core, again), "captions", "written", "reasked", "trimmed") == (4, 4, 4, 0)
+    assert [asked.words < 50 for asked in server.asked] == [False] * 4 + [True] * 4, "the first is not asked again"
+    sources = {row.id for row in captions_of(core, trimmed)}
+    for row in captions_of(core, again):
+        assert row.provenance["raw"] == SENTENCE * 2
+        assert row.provenance["first"]["raw"] == SENTENCE * 9
+        assert row.provenance["first"]["reused_from"]["job_id"] == trimmed
+        assert row.provenance["first"]["reused_from"]["caption_id"] in sources
+        assert "reused_from" not in row.provenance
+
+
+def test_no_reasks_copies_the_first_answers(core: Core, server: CaptionerServer) -> None:
+    server.answer = too_long_at_first
+    dataset_id = add_dataset(core, images=1)
+    caption_all(core, dataset_id, reasks=2)
+    calls = server.calls
+    trimmed = submit(core, dataset_id, reasks=0)
+    assert counted(done(core, trimmed), "reused", "reasked", "trimmed") == (4, 0, 4)
+    assert server.calls == calls
+    for row in captions_of(core, trimmed):
+        assert (row.provenance["raw"], row.provenance["completion_tokens"]) == (SENTENCE * 9, 3)
+        assert row.provenance["prompt"].endswith("in 50 words.")
+        assert "first" not in row.provenance
+
+
+def test_a_shorter_answer_that_fits_is_not_paid_for_twice(core: Core, server: CaptionerServer) -> None:
+    server.answer = too_long_at_first
+    dataset_id = add_dataset(core, images=1)
+    caption_all(core, dataset_id)
+    calls = server.calls
+    again = submit(core, dataset_id, language=None)
+    assert counted(done(core, again), "reused", "reasked", "trimmed") == (4, 4, 0)
+    assert done(core, submit(core, add_dataset(core, images=1), language=None))["reused"] == 4
+    assert server.calls == calls
+    row = captions_of(core, again)[0]
+    assert (row.provenance["raw"], row.provenance["first"]["raw"]) == (SENTENCE * 2, SENTENCE * 9)
+
+
+def test_a_longer_clip_gets_the_longer_answer(
+    core: Core, server: CaptionerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No CLIP with a longer context has its tokenizer at hand here: one is lengthened."""
+    longer = "ViT-B-32/laion2b_s34b_b79k"
+
+    def counter(model: str, *where: Any) -> TokenCounter:
+        found = token_counter(model, *where)
+        return replace(found, context_length=248) if model == longer else found
+
+    monkeypatch.setattr(captioning, "token_counter", counter)
+    server.answer = too_long_at_first
+    dataset_id = add_dataset(core, images=1)
+    caption_all(core, dataset_id)
+    calls = server.calls
+    job_id = submit(core, dataset_id, clip_model=longer)
+    assert counted(done(core, job_id), "reused", "reasked", "trimmed") == (4, 0, 0)
+    assert server.calls == calls
+    for row in captions_of(core, job_id):
+        assert row.clip_tokens > 77
+        assert (row.provenance["raw"], row.provenance["words"]) == (SENTENCE * 9, 50)
+
+
+def twins(core: Core, pictures: int, each: int) -> str:
+    """A data set of so many pictures, each as several images with the same bytes."""
+    dataset_id = add_dataset(core, images=0)
+    with core.transaction() as session:
+        for number in range(pictures):
+            for twin in range(each):
+                image = image_row(core, dataset_id, "anna", 2 * number)
+                image.path = f"cat/{number}-{twin}.png"
+                session.add(image)
+    return dataset_id
+
+
+def test_twins_within_a_job_are_asked_for_once(core: Core, server: CaptionerServer) -> None:
+    server.answer = too_long_at_first
+    job_id = submit(core, twins(core, pictures=3, each=40))
+    result = done(core, job_id)
+    assert counted(result, "images", "captions", "written", "reused") == (120, 240, 6, 234)
+    assert server.calls == 12, "six questions, each once more in fewer words"
+    rows = {row.id: row for row in captions_of(core, job_id)}
+    copies = [row for row in rows.values() if "reused_from" in row.provenance]
+    assert len(copies) == 234
+    for row in copies:
+        source = rows[row.provenance["reused_from"]["caption_id"]]
+        assert (row.text, row.key) == (source.text, source.key)
+
+
+def test_a_refused_twin_is_refused_too(core: Core, server: CaptionerServer) -> None:
+    server.answer = lambda asked: Answer(status=422) if asked.characteristic == "shape" else Answer()
+    result = done(core, submit(core, twins(core, pictures=1, each=5)))
+    assert counted(result, "images", "captions", "failed") == (5, 5, 5)
+    assert server.calls == 2
+    assert len({failure["path"] for failure in result["failures"]}) == 5
+
+
 def redo_of(core: Core, base: str, **selection: Any) -> tuple[str, list[Caption]]:
     """A redo's job, made after the check that the routes do, and the earlier job's captions."""
     before = captions_of(core, base)
@@ -111,7 +219,7 @@ def redo_of(core: Core, base: str, **selection: Any) -> tuple[str, list[Caption]
 def test_overwrite_asks_again_and_replaces_edits_included(core: Core, server: CaptionerServer) -> None:
     dataset_id = add_dataset(core, images=2)
     before = captions_of(core, caption_all(core, dataset_id))
-    edit = {"text": "edited", "original_text": "x", "edited_by": "anna", "excluded": True, "agreement": {"a": 1.0}}
+    edit = {"text": "edited", "original_text": "x", "edited_by": "anna", "excluded": True}
     change_caption(core, before[0].id, version=2, **edit)
     server.answer = lambda asked: Answer("quite another coat")
     job_id = submit(core, dataset_id, mode="overwrite")
@@ -123,7 +231,7 @@ def test_overwrite_asks_again_and_replaces_edits_included(core: Core, server: Ca
     assert all(new.version > old.version for new, old in zip(after[1:], before[1:], strict=True))
     assert after[0].version > 2
     row = after[0]
-    assert (row.original_text, row.edited_by, row.excluded, row.agreement) == (None, None, False, None)
+    assert (row.original_text, row.edited_by, row.excluded) == (None, None, False)
     assert {row.provenance["job_id"] for row in after} == {job_id}
 
 
@@ -152,6 +260,38 @@ def test_a_redo_asks_for_its_selection_and_takes_over_the_others(core: Core, ser
     (row,) = (row for row in captions_of(core, job_id) if row.id in new)
     assert (row.image_id, row.characteristic) == (chosen.image_id, chosen.characteristic)
     assert [row.id for row in captions_of(core, base)] == [row.id for row in before], "the earlier job has what it had"
+
+
+@pytest.mark.parametrize("fields", [{"seed": 1009}, {"seed": 0}, {"seed": 1}, {"seed": 5, "samples_per_prompt": 1}])
+def test_a_redo_of_some_samples_asks_for_as_many(core: Core, server: CaptionerServer, fields: dict[str, Any]) -> None:
+    base = caption_all(core, add_dataset(core, images=1), samples_per_prompt=3)
+    first, second, *_, last = captions_of(core, base)
+    calls = server.calls
+    job_id, before = redo_of(
+        core, base, caption_ids=[first.id, second.id, last.id], fields={"samples_per_prompt": 3, **fields}
+    )
+    assert counted(done(core, job_id), "captions", "written") == (12, 3)
+    assert server.calls == calls + 3
+    after = captions_of(core, job_id)
+    about = [(row.image_id, row.characteristic) for row in after]
+    assert Counter(about) == Counter((row.image_id, row.characteristic) for row in before)
+    kept = {row.id for row in before} - {first.id, second.id, last.id}
+    assert kept <= {row.id for row in after}
+    if fields["seed"] == 0:
+        assert [row.id for row in after] == [row.id for row in before], "the very captions are replaced"
+
+
+@pytest.mark.parametrize("seed", [9, 1, 0])
+def test_a_resumed_redo_of_samples_asks_no_more(core: Core, server: CaptionerServer, seed: int) -> None:
+    base = caption_all(core, add_dataset(core, images=10), samples_per_prompt=3)
+    chosen = [row.id for number, row in enumerate(captions_of(core, base)) if number % 3]
+    fields = {"samples_per_prompt": 3, "seed": seed}
+    job_id, _ = redo_of(core, base, caption_ids=chosen, fields=fields)
+    kept = interrupted(core, server, job_id)
+    calls = server.calls
+    assert counted(done(core, job_id), "captions", "written") == (120, 80)
+    assert server.calls == calls + 80 - (kept - 40)
+    assert set(Counter((row.image_id, row.characteristic) for row in captions_of(core, job_id)).values()) == {3}
 
 
 def test_a_redo_with_the_same_parameters_replaces_its_selection(core: Core, server: CaptionerServer) -> None:

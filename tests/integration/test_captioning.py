@@ -147,7 +147,11 @@ def test_a_caption_over_the_budget_is_asked_for_in_fewer_words(core: Core, serve
     assert row.clip_tokens <= 77
     assert "over_budget" not in row.flags
     assert (row.provenance["reasks"], row.provenance["words"], row.provenance["trimmed"]) == (1, again.words, False)
+    assert row.provenance["prompt"] == again.prompt, "the one that this answer was given to"
     assert row.provenance["completion_tokens"] == 6, "both requests were paid for"
+    told = row.provenance["first"]
+    assert (told["prompt"], told["words"], told["raw"]) == (first.prompt, 50, SENTENCE * 9)
+    assert (told["completion_tokens"], told["finish_reason"]) == (3, "stop")
     calls = server.calls
     assert done(core, submit(core, row.dataset_id, characteristics=["visual"], seed=3))["reused"] == 2
     assert server.calls == calls, "it is found by the first prompt's key"

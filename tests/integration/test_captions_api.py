@@ -14,9 +14,16 @@ from services.captioner.routes.captions import Filters
 from shared.auth import create_key
 from shared.clip_tokens import token_counter
 from shared.core import Core
-from shared.db.models import Caption, Image
+from shared.db.models import Caption, CaptionJobItem, Image
 from shared.templates import prefixed
-from tests.integration.factories import add_caption, add_dataset, add_job, caption_request
+from tests.integration.factories import (
+    add_caption,
+    add_dataset,
+    add_job,
+    caption_request,
+    read_item,
+    share_caption,
+)
 from tests.integration.support import Api, client
 
 BPE = "ViT-B-32/laion2b_s34b_b79k"  # open_clip's own tokenizer; the starter's counts otherwise
@@ -57,11 +64,12 @@ def found(api: Api, dataset: str, **params: Any) -> set[str]:
 def test_every_filter_finds_its_own_and_all_hold_at_once(api: Api, core: Core, shelf: Shelf) -> None:
     plain = add_caption(core, shelf.cat, shelf.job, key="1")
     shape = add_caption(core, shelf.cat, shelf.job, key="2", characteristic="shape")
-    doubled = add_caption(core, shelf.dog, shelf.job, key="3", flags=["duplicate", "low_agreement"])
+    doubled = add_caption(core, shelf.dog, shelf.job, key="3", job_flags=["duplicate", "low_agreement"])
+    refused = add_caption(core, shelf.dog, shelf.job, key="7", flags=["refusal"])
     left_out = add_caption(core, shelf.dog, shelf.job, key="4", excluded=True)
     edited = add_caption(core, shelf.dog, shelf.job, key="5", original_text="before", edited_by="eva")
     other = add_caption(core, shelf.dog, new_job(core, shelf.dataset), key="6")
-    everything = {plain, shape, doubled, left_out, edited, other}
+    everything = {plain, shape, doubled, refused, left_out, edited, other}
 
     for params, ids in (
         ({}, everything),
@@ -70,8 +78,11 @@ def test_every_filter_finds_its_own_and_all_hold_at_once(api: Api, core: Core, s
         ({"characteristic": "shape"}, {shape}),
         ({"flag": "low_agreement"}, {doubled}),
         ({"flag": "empty"}, set()),
-        ({"flagged": "any"}, {doubled}),
-        ({"flagged": "none"}, everything - {doubled}),
+        ({"flag": "refusal"}, {refused}),
+        ({"flagged": "any"}, {doubled, refused}),
+        ({"flagged": "none"}, everything - {doubled, refused}),
+        ({"flag": "duplicate", "caption_job_id": shelf.job}, {doubled}),
+        ({"flagged": "any", "caption_job_id": shelf.job}, {doubled, refused}),
         ({"excluded": True}, {left_out}),
         ({"excluded": False}, everything - {left_out}),
         ({"edited": True}, {edited}),
@@ -82,6 +93,39 @@ def test_every_filter_finds_its_own_and_all_hold_at_once(api: Api, core: Core, s
         assert found(api, shelf.dataset, **params) == ids, params
     answer = api.anna.get(f"/v1/datasets/{shelf.dataset}/captions", params={"flag": "ugly"})
     assert (answer.status_code, answer.json()["param"]) == (422, "flag")
+
+
+def test_what_a_job_says_of_a_caption_is_told_of_that_job_or_the_newest(api: Api, core: Core, shelf: Shelf) -> None:
+    score = {"clip_score": 0.5, "retrieval_rank": 2.0, "retrieval_of": 9.0}
+    id = add_caption(
+        core, shelf.cat, shelf.job, flags=["over_budget"], job_flags=["low_agreement", "duplicate"], agreement=score
+    )
+    jobless = add_caption(core, shelf.dog, shelf.job, key="1")
+    with core.transaction() as session:
+        session.delete(session.get_one(CaptionJobItem, (shelf.job, jobless)))
+
+    def listed(**params: Any) -> tuple[list[str], Any]:
+        rows = api.anna.get(f"/v1/datasets/{shelf.dataset}/captions", params=params).json()["data"]
+        return next((row["flags"], row["agreement"]) for row in rows if row["id"] == id)
+
+    of_first = (["over_budget", "duplicate", "low_agreement"], score)
+    assert listed() == listed(caption_job_id=shelf.job) == of_first
+    second = new_job(core, shelf.dataset)
+    share_caption(core, id, second, ["duplicate_other_class"])
+    assert listed(caption_job_id=shelf.job) == of_first
+    newest = api.anna.get(f"/v1/captions/{id}")
+    assert newest.headers["ETag"] == '"1"'
+    assert (newest.json()["flags"], newest.json()["agreement"]) == (["over_budget", "duplicate_other_class"], None)
+    assert listed() == listed(caption_job_id=second) == (["over_budget", "duplicate_other_class"], None)
+    for params, ids in (
+        ({"flag": "duplicate"}, set()),
+        ({"flag": "duplicate", "caption_job_id": shelf.job}, {id}),
+        ({"flag": "duplicate", "caption_job_id": second}, set()),
+        ({"flag": "duplicate_other_class"}, {id}),
+        ({"flag": "over_budget", "caption_job_id": second}, {id}),
+        ({"flagged": "none"}, {jobless}),
+    ):
+        assert found(api, shelf.dataset, **params) == ids, params
 
 
 @pytest.mark.parametrize(
@@ -146,9 +190,14 @@ def edit(who: TestClient, id: str, version: int | str, **body: Any) -> Any:
 
 
 def test_an_edit_keeps_the_first_text_the_editor_and_a_version(api: Api, app: Any, core: Core, shelf: Shelf) -> None:
-    id = add_caption(core, shelf.cat, shelf.job, "a soft coat", flags=["duplicate", "low_agreement"])
+    score = {"clip_score": 0.4, "retrieval_rank": 7, "retrieval_of": 9}
+    id = add_caption(
+        core, shelf.cat, shelf.job, "a soft coat", job_flags=["duplicate", "low_agreement"], agreement=score
+    )
+    other_job = new_job(core, shelf.dataset)
+    share_caption(core, id, other_job, ["low_agreement"], score)
+    kept = add_caption(core, shelf.cat, shelf.job, key="2", job_flags=["duplicate"], agreement=score)
     with core.transaction() as session:
-        session.get_one(Caption, id).agreement = {"clip_score": 0.4, "retrieval_rank": 7, "retrieval_of": 9}
         _, secret = create_key(session, owner="anna", name="eva's key", scopes=("write",))
     first = edit(client(app, secret), id, 1, text=" a cat with\n grey stripes ").json()
     assert (first["text"], first["original_text"], first["edited_by"], first["version"]) == (
@@ -167,8 +216,12 @@ def test_an_edit_keeps_the_first_text_the_editor_and_a_version(api: Api, app: An
     read = api.anna.get(f"/v1/captions/{id}")
     assert (read.json(), read.headers["ETag"]) == (second, '"3"')
     assert second["provenance"] == {"engine": "attributes"}
-    with core.transaction() as session:
-        assert session.scalars(select(Caption.id).where(Caption.agreement.is_(None))).all() == [id]
+    for job in (shelf.job, other_job):
+        item = read_item(core, id, job)
+        assert (item.flags, item.agreement) == ([], None), job
+    with core.transaction() as session:  # null, not the JSON of null
+        assert set(session.scalars(select(CaptionJobItem.caption_id).where(CaptionJobItem.agreement.is_(None)))) == {id}
+    assert read_item(core, kept, shelf.job).flags == ["duplicate"]
 
 
 def test_line_breaks_make_no_other_text(api: Api, core: Core, shelf: Shelf) -> None:
@@ -213,7 +266,7 @@ def test_setting_the_original_text_back_undoes_the_edit(api: Api, core: Core, sh
 
 
 def test_leaving_out_and_taking_back_touches_nothing_else(api: Api, core: Core, shelf: Shelf) -> None:
-    id = add_caption(core, shelf.cat, shelf.job, flags=["duplicate"])
+    id = add_caption(core, shelf.cat, shelf.job, job_flags=["duplicate"])
     out = edit(api.anna, id, 1, excluded=True).json()
     assert (out["excluded"], out["version"], out["flags"], out["edited_by"]) == (True, 2, ["duplicate"], None)
     assert out["original_text"] is None

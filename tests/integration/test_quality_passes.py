@@ -8,13 +8,24 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from services.captioner.planning import to_redo
 from services.captioner.quality import agreement, passes
 from services.captioner.quality.passes import mark_duplicates, measure_agreement
+from services.captioner.writing import forget_comparisons, write
 from shared.core import Core
 from shared.db.models import Caption, CaptionJobItem, Image
 from shared.jobs import LeaseLost, ledger
 from shared.jobs.claim import Claim
-from tests.integration.factories import add_caption, add_dataset, add_job, change_job, read_job
+from shared.schemas.captions import Flag, Redo
+from tests.integration.factories import (
+    add_caption,
+    add_dataset,
+    add_job,
+    change_job,
+    read_item,
+    read_job,
+    share_caption,
+)
 from tests.tiny_clip import write_tiny_clip
 
 SAME = "A small animal with a soft grey coat and two green eyes rests on a wooden floor near a bright window"
@@ -52,8 +63,13 @@ def captions(core: Core, ids: list[str]) -> list[Caption]:
         return [session.get_one(Caption, id) for id in ids]
 
 
-def flags(core: Core, ids: list[str]) -> list[list[str]]:
-    return [list(caption.flags) for caption in captions(core, ids)]
+def items(core: Core, ids: list[str], job_id: str) -> list[CaptionJobItem]:
+    return [read_item(core, id, job_id) for id in ids]
+
+
+def flags(core: Core, ids: list[str], job_id: str) -> list[list[str]]:
+    """What the job says of its captions."""
+    return [list(item.flags) for item in items(core, ids, job_id)]
 
 
 def versions(core: Core, ids: list[str]) -> list[int]:
@@ -74,30 +90,31 @@ def test_duplicates_are_flagged_and_unflagged_as_the_texts_change(core: Core, jo
         add_caption(core, cats[0], job_id, f"{SAME}!", "b", flags=["over_budget"]),  # of the same image
         add_caption(core, cats[1], job_id, f"{SAME} today", "a"),
         add_caption(core, cats[1], job_id, f"A tabby cat: {OTHER}", "b"),
-        add_caption(core, dogs[0], job_id, f"A dog: {OTHER}", "a", flags=["duplicate"]),  # from an earlier state
+        add_caption(core, dogs[0], job_id, f"A dog: {OTHER}", "a", job_flags=["duplicate", "low_agreement"]),
         add_caption(core, dogs[1], job_id, "Quite another text.", "a"),
         add_caption(core, dogs[1], job_id, "", "b", flags=["empty"]),
         add_caption(core, dogs[2], job_id, "", "a", flags=["empty"]),
     ]
-    elsewhere = add_caption(core, cats[2], add_job(core, "caption"), f"{SAME}.", "a")
+    other = add_job(core, "caption")
+    elsewhere = add_caption(core, cats[2], other, f"{SAME}.", "a")
     expected = [
         [],
-        ["over_budget", "duplicate"],
+        ["duplicate"],
         ["duplicate"],
         ["duplicate_other_class"],
-        ["duplicate_other_class"],
+        ["duplicate_other_class", "low_agreement"],  # the first was of an earlier state
         [],
-        ["empty"],
-        ["empty"],
+        [],
+        [],
     ]
     claim = claimed(core, job_id)
     assert mark_duplicates(claim, job_id) == {"duplicate": 2, "duplicate_other_class": 2}
-    assert flags(core, ids) == expected
-    assert flags(core, [elsewhere]) == [[]], "another job's"
-    assert versions(core, ids) == [1, 2, 2, 2, 3, 1, 1, 1], "every change of a row is a version"
+    assert flags(core, ids, job_id) == expected
+    assert flags(core, [elsewhere], other) == [[]], "another job's"
     assert mark_duplicates(claim, job_id) == {"duplicate": 2, "duplicate_other_class": 2}
-    assert flags(core, ids) == expected
-    assert versions(core, ids) == [1, 2, 2, 2, 3, 1, 1, 1], "doing it again writes nothing"
+    assert flags(core, ids, job_id) == expected
+    assert versions(core, ids) == [1] * 8, "the captions themselves are as they were"
+    assert [caption.flags for caption in captions(core, ids)] == [[], ["over_budget"], *[[]] * 4, ["empty"], ["empty"]]
     progress = read_job(core, job_id).progress
     assert progress is not None
     assert (progress["stage"], progress["done"], progress["total"]) == ("finding duplicates", 8, 8)
@@ -105,7 +122,99 @@ def test_duplicates_are_flagged_and_unflagged_as_the_texts_change(core: Core, jo
     change(core, ids[0], text="The only one of its kind.")
     change(core, ids[4], text="A dog that was edited.")
     assert mark_duplicates(claim, job_id) == {"duplicate": 1, "duplicate_other_class": 0}
-    assert flags(core, ids) == [[], ["over_budget"], ["duplicate"], [], [], [], ["empty"], ["empty"]]
+    assert flags(core, ids, job_id) == [[], [], ["duplicate"], [], ["low_agreement"], [], [], []]
+
+
+def test_a_later_job_on_some_of_the_captions_leaves_the_earlier_ones_flags(core: Core, job_id: str) -> None:
+    cats, _ = pictures(core, job_id).values()
+    ids = [add_caption(core, cats[i], job_id, SAME) for i in range(3)]
+    mark_duplicates(claimed(core, job_id), job_id)
+    assert flags(core, ids, job_id) == [[], ["duplicate"], ["duplicate"]]
+    later = add_job(core, dataset_id=read_job(core, job_id).dataset_id)
+    for id in ids[1:]:
+        share_caption(core, id, later)
+    assert mark_duplicates(claimed(core, later), later) == {"duplicate": 1, "duplicate_other_class": 0}
+    assert flags(core, ids[1:], later) == [[], ["duplicate"]]
+    assert flags(core, ids, job_id) == [[], ["duplicate"], ["duplicate"]]
+    assert versions(core, ids) == [1, 1, 1]
+
+
+def test_jobs_that_share_captions_do_not_wait_for_each_other(core: Core, job_id: str) -> None:
+    cats, _ = pictures(core, job_id).values()
+    ids = [add_caption(core, cats[i], job_id, SAME) for i in range(3)]
+    later = add_job(core, dataset_id=read_job(core, job_id).dataset_id)
+    for id in ids:
+        share_caption(core, id, later)
+    claim = claimed(core, job_id)
+    with core.transaction() as session:  # as the other job's pass, or an edit, half-way
+        session.execute(select(CaptionJobItem).where(CaptionJobItem.job_id == later).with_for_update())
+        session.execute(select(Caption).with_for_update())
+        thread = threading.Thread(target=mark_duplicates, args=(claim, job_id))
+        thread.start()
+        thread.join(10)
+        waited = thread.is_alive()
+    thread.join()
+    assert not waited
+    assert flags(core, ids, job_id) == [[], ["duplicate"], ["duplicate"]]
+
+
+def test_of_a_text_that_is_replaced_meanwhile_nothing_is_said(
+    core: Core, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cats, _ = pictures(core, job_id).values()
+    ids = [add_caption(core, cats[i], job_id, SAME) for i in range(2)]
+    claim = claimed(core, job_id)
+    with core.transaction() as session:  # an edit that is not done when the pass is
+        session.get_one(Caption, ids[1]).text = "An edited text."
+        session.flush()
+        assert mark_duplicates(claim, job_id)["duplicate"] == 1
+        assert flags(core, ids, job_id) == [[], ["duplicate"]]
+        forget_comparisons(session, ids[1:])
+    assert flags(core, ids, job_id) == [[], []]
+
+    change(core, ids[1], text=SAME)
+    write_items = passes._write
+
+    def after_an_edit(*args: Any) -> None:
+        change(core, ids[1], text="Edited after the pass read it.")
+        write_items(*args)
+
+    monkeypatch.setattr(passes, "_write", after_an_edit)
+    mark_duplicates(claim, job_id)
+    assert flags(core, ids, job_id) == [[], []]
+
+
+def test_an_overwritten_text_loses_what_every_job_said_of_it(core: Core, job_id: str) -> None:
+    cats, _ = pictures(core, job_id).values()
+    replaced, kept = (add_caption(core, cats[i], job_id, SAME, job_flags=["duplicate"]) for i in range(2))
+    later = add_job(core, dataset_id=cats[0].dataset_id)
+    share_caption(core, replaced, later, ["low_agreement"], {"clip_score": 0.1})
+    row = {"id": "txt_new", "image_id": cats[0].id, "key": "k", "characteristic": "visual", "text": "Another text."}
+    row |= {"clip_tokens": 9, "flags": [], "provenance": {}, "replaces": True}
+    with core.transaction() as session:
+        where = {"job_id": later, "owner": "anna", "dataset_id": cats[0].dataset_id}
+        assert write(session, **where, rows=[row], links=[]) == 1
+    assert captions(core, [replaced])[0].text == "Another text."
+    assert (flags(core, [replaced, kept], job_id), flags(core, [replaced], later)) == ([[], ["duplicate"]], [[]])
+    assert read_item(core, replaced, later).agreement is None
+
+
+def test_a_redo_goes_by_the_flags_of_its_own_base_job(core: Core, job_id: str) -> None:
+    cats, _ = pictures(core, job_id).values()
+    ids = [
+        add_caption(core, cats[0], job_id, job_flags=["duplicate"]),
+        add_caption(core, cats[1], job_id, flags=["refusal"]),
+    ]
+    later = add_job(core, dataset_id=cats[0].dataset_id)
+    share_caption(core, ids[0], later)
+    share_caption(core, ids[1], later, ["duplicate"])
+
+    def selected(base: str, flag: Flag) -> list[str]:
+        with core.transaction() as session:
+            return [row.id for row in session.scalars(to_redo(Redo(caption_job_id=base, flag=flag)))]
+
+    assert (selected(job_id, "duplicate"), selected(later, "duplicate")) == ([ids[0]], [ids[1]])
+    assert selected(job_id, "refusal") == selected(later, "refusal") == [ids[1]]
 
 
 def test_what_a_lost_claim_finds_is_not_written(core: Core, job_id: str) -> None:
@@ -115,7 +224,7 @@ def test_what_a_lost_claim_finds_is_not_written(core: Core, job_id: str) -> None
     change_job(core, job_id, attempt=2)
     with pytest.raises(LeaseLost):
         mark_duplicates(claim, job_id)
-    assert flags(core, ids) == [[], []]
+    assert flags(core, ids, job_id) == [[], []]
 
 
 def test_a_job_without_captions(core: Core, job_id: str) -> None:
@@ -141,7 +250,7 @@ def test_agreement_is_measured_flagged_and_measured_again(with_clip: Core, job_i
     ]
     claim = claimed(core, job_id)
     means = measure_agreement(claim, job_id, "tiny")
-    rows = captions(core, ids)
+    rows = items(core, ids, job_id)
     found = [row.agreement for row in rows if row.agreement is not None]
     assert len(found) == len(ids) == 16
     assert {each["retrieval_of"] for each in found} == {8}
@@ -159,9 +268,13 @@ def test_agreement_is_measured_flagged_and_measured_again(with_clip: Core, job_i
     progress = read_job(core, job_id).progress
     assert progress is not None
     assert (progress["stage"], progress["done"], progress["total"]) == ("measuring agreement", 24, 24)
-    before = versions(core, ids)
     assert measure_agreement(claim, job_id, "tiny") == means
-    assert versions(core, ids) == before
+    assert [(row.flags, row.agreement) for row in items(core, ids, job_id)] == [
+        (row.flags, row.agreement) for row in rows
+    ]
+    assert versions(core, ids) == [1] * 16, "the captions themselves are as they were"
+    mark_duplicates(claim, job_id)
+    assert [row.agreement for row in items(core, ids, job_id)] == found, "the other pass leaves it"
 
     with core.transaction() as session:  # with one picture left nothing can rank before it
         keep = session.get_one(Caption, ids[low.index(True)])
@@ -169,7 +282,7 @@ def test_agreement_is_measured_flagged_and_measured_again(with_clip: Core, job_i
         for item in session.scalars(others).all():
             session.delete(item)
     assert measure_agreement(claim, job_id, "tiny")["recall_at_1"] == 1
-    row = captions(core, [keep.id])[0]
+    row = read_item(core, keep.id, job_id)
     assert (row.flags, (row.agreement or {})["retrieval_of"]) == ([], 1)
 
 
@@ -180,7 +293,7 @@ def test_agreement_of_a_lost_claim_is_not_written(with_clip: Core, job_id: str) 
     change_job(with_clip, job_id, attempt=2)
     with pytest.raises(LeaseLost):
         measure_agreement(claim, job_id, "tiny")
-    assert captions(with_clip, ids)[0].agreement is None
+    assert read_item(with_clip, ids[0], job_id).agreement is None
 
 
 def test_agreement_without_captions(with_clip: Core, job_id: str) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from services.captioner.remote import Captioner, Reply, encode_picture
-from services.captioner.settings import CaptionWorkerSettings
+from services.captioner import remote
+from services.captioner.remote import ENGINE_TRIES, TRIES, Captioner, Reply, encode_picture
+from services.captioner.settings import CaptionerSettings, CaptionWorkerSettings
 from shared.errors import InvalidInput, Unavailable
 from tests.integration.captioner_server import Answer, Asked, CaptionerServer, captioner_server
 
+AT_ONCE = {"Retry-After": "0"}
 PICTURE = encode_picture(b"image", "image/png")
 
 
@@ -27,8 +29,10 @@ def in_turn(*answers: Answer) -> Callable[[Asked], Answer]:
     return lambda asked: answers[min(asked.number, len(answers)) - 1]
 
 
-def client(url: str, patience: float = 2.0, concurrency: int = 8) -> Captioner:
-    settings = CaptionWorkerSettings(captioner_url=url, service_token="token", caption_concurrency=concurrency)
+def client(url: str, patience: float = 2.0, concurrency: int = 8, timeout: float = 300.0) -> Captioner:
+    settings = CaptionWorkerSettings(
+        captioner_url=url, service_token="token", caption_concurrency=concurrency, request_timeout_s=timeout
+    )
     return Captioner(settings, patience)
 
 
@@ -109,19 +113,100 @@ def test_too_many_requests_lower_how_many_are_in_flight(server: CaptionerServer)
 
 
 def test_a_request_that_always_fails_while_others_are_answered_is_refused(server: CaptionerServer) -> None:
-    server.answer = lambda asked: Answer("a red bird") if asked.prompt == "good" else Answer(status=500)
+    failed = Answer(status=500, headers=AT_ONCE)
+    server.answer = lambda asked: Answer("a red bird") if asked.prompt == "good" else failed
 
     async def both() -> str:
         async with client(server.url, patience=1.0) as captioner:
             bad = asyncio.create_task(captioner.caption("m", "r1", PICTURE, "bad"))
             while not bad.done():
                 assert (await captioner.caption("m", "r1", PICTURE, "good")).text == "a red bird"
-                await asyncio.sleep(0.05)
-            with pytest.raises(InvalidInput, match="answered 500 each time") as error:
+                await asyncio.sleep(0.01)
+            with pytest.raises(InvalidInput, match="answered 500 each of 10 times") as error:
                 await bad
             return error.value.code
 
     assert asyncio.run(both()) == "captioner_failed"
+    assert sum(asked.prompt == "bad" for asked in server.asked) >= TRIES
+
+
+BROKE = Answer(status=500, code="engine_failed", headers=AT_ONCE)
+
+
+def test_what_breaks_the_model_each_time_is_refused_though_nobody_else_asks(server: CaptionerServer) -> None:
+    server.answer = in_turn(BROKE, BROKE, Answer("a red bird"))
+    assert ask(server).text == "a red bird", "it may have been another's fault"
+    server.answer = lambda _: BROKE
+    with pytest.raises(InvalidInput, match="the server's own words") as error:
+        ask(server)
+    assert (error.value.code, server.calls) == ("engine_failed", 3 + ENGINE_TRIES)
+
+
+TIMED_OUT = Answer(status=503, code="deadline_exceeded", headers=AT_ONCE)
+
+
+@pytest.mark.parametrize("slow", ["deadline_exceeded", "no answer"])
+def test_a_slow_answer_is_waited_for_as_long_as_others_are_answered(
+    server: CaptionerServer, monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    """Each try takes longer than the patience; the last is in time."""
+    monkeypatch.setattr(remote, "GRACE_SECONDS", 0.1)
+    tries = 0
+
+    def answer(asked: Asked) -> Answer:
+        nonlocal tries
+        if asked.prompt == "slow":
+            tries += 1
+            if tries <= 2:
+                time.sleep(1.0 if slow == "deadline_exceeded" else 1.5)
+                return TIMED_OUT
+        return Answer(asked.prompt)
+
+    server.answer = answer
+
+    async def both() -> str:
+        async with client(server.url, patience=0.9, timeout=1.1) as captioner:
+            waiting = asyncio.create_task(captioner.caption("m", "r1", PICTURE, "slow"))
+            while not waiting.done():
+                await captioner.caption("m", "r1", PICTURE, "quick")
+                await asyncio.sleep(0.05)
+            return (await waiting).text
+
+    assert asyncio.run(both()) == "slow"
+    assert tries == 3
+
+
+def test_waiting_for_a_slot_is_not_failing(server: CaptionerServer) -> None:
+    """One slot, and another's long answer before the second try."""
+
+    def answer(asked: Asked) -> Answer:
+        if asked.prompt == "long":
+            time.sleep(1.5)
+        return TIMED_OUT if asked.number in (1, 3) else Answer(asked.prompt)
+
+    server.answer = answer
+    captioner = client(server.url, patience=0.8, concurrency=1)
+    replies = asyncio.run(_ask(captioner, ["short", "long"]))
+    assert [reply.text for reply in replies] == ["short", "long"]
+    assert [asked.prompt for asked in server.asked][:3] == ["short", "long", "short"]
+
+
+def test_a_server_that_answers_nobody_is_away(server: CaptionerServer) -> None:
+    server.answer = lambda _: Answer(status=500, headers=AT_ONCE, code="internal_error")
+    with pytest.raises(Unavailable, match="answered 500 for 0 s"):
+        asyncio.run(_ask(client(server.url, 0.4), ["describe"] * 20))
+
+
+def test_the_captioners_deadline_comes_before_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPTUNE_REQUEST_TIMEOUT_S", "700")
+    captioner = Captioner(CaptionWorkerSettings(captioner_url="http://127.0.0.1:9", service_token="token"))
+    assert captioner.timeout.read == CaptionerSettings().request_timeout_s + 30 == 730
+    assert captioner.timeout.connect == 5.0
+
+
+def test_an_endless_answer_is_cut(server: CaptionerServer) -> None:
+    server.answer = in_turn(Answer("word " * 1_000_000))
+    assert len(ask(server).text) == 8000
 
 
 def test_a_replaced_model_writes_no_caption_under_the_old_revision(server: CaptionerServer) -> None:
@@ -169,3 +254,16 @@ def test_a_loading_model_is_waited_for_and_an_unknown_one_named(server: Captione
                 await captioner.model("other")
 
     asyncio.run(look())
+
+
+def test_a_model_that_could_not_be_loaded_is_given_up_at_once(server: CaptionerServer) -> None:
+    server.loading, server.error = 100, "out of memory: 16 GiB asked for"
+
+    async def look() -> None:
+        async with client(server.url) as captioner:
+            with pytest.raises(InvalidInput, match="16 GiB asked for") as error:
+                await captioner.model("m")
+            assert error.value.code == "engine_failed_to_load"
+
+    asyncio.run(look())
+    assert server.loading == 99

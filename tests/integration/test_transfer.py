@@ -128,6 +128,41 @@ def test_a_repeated_import_doubles_nothing(api: Api, core: Core, dataset_id: str
     assert [c["id"] for c in captions_of(api, first)] == [c["id"] for c in captions_of(api, again)]
 
 
+def test_the_same_text_for_another_clip_or_language_is_another_caption(api: Api, core: Core, dataset_id: str) -> None:
+    content = json.dumps({PATHS[0]: "Eine cat mit kurzem Fell liegt auf dem Boden und ist m\u00fcde."})
+    first = brought(api, core, dataset_id, content)
+    other = brought(api, core, dataset_id, content, language="any")
+    assert [job["result"]["written"] for job in (first, other)] == [1, 1]
+    assert [captions_of(api, job)[0]["flags"] for job in (first, other)] == [["wrong_language"], []]
+
+
+def test_what_was_left_out_by_hand_stays_out(api: Api, core: Core, dataset_id: str) -> None:
+    rows = [{"path": PATHS[0], "text": "A grey cat.", "excluded": True}, {"path": PATHS[1], "text": "A red cat."}]
+    content = "\n".join(json.dumps(row) for row in rows)
+    job = brought(api, core, dataset_id, content, "captions.jsonl")
+    assert {c["text"]: c["excluded"] for c in captions_of(api, job)} == {"A grey cat.": True, "A red cat.": False}
+    assert job["result"]["excluded"] == 1
+    out = api.anna.get(f"/v1/caption_jobs/{job['id']}/export", params={"format": "csv"}).content
+    elsewhere = with_images(core, PATHS)
+    again = brought(api, core, elsewhere, out, "captions.csv")
+    assert {c["text"]: c["excluded"] for c in captions_of(api, again)} == {"A grey cat.": True, "A red cat.": False}
+    assert again["result"]["excluded"] == 1
+
+
+def test_of_two_names_for_an_image_the_whole_path_counts(api: Api, core: Core, dataset_id: str) -> None:
+    content = {"2.png": "by its end", PATHS[1]: "by its path", "x/train/cat/1.png": "one", "cat/1.png": "two"}
+    job = brought(api, core, dataset_id, json.dumps(content))
+    assert texts(captions_of(api, job)) == [(PATHS[1], "by its path", "imported")]
+    result = job["result"]
+    assert (result["matched"], result["unmatched"]["total"], result["failed"]) == (1, 0, 3)
+    assert result["ambiguous"]["first"] == [
+        {"name": "2.png", "images": [PATHS[1]]},
+        {"name": "x/train/cat/1.png", "images": [PATHS[0]]},
+        {"name": "cat/1.png", "images": [PATHS[0]]},
+    ]
+    assert "another name in the file means the same: train/cat/2.png" in result["failures"][0]["message"]
+
+
 def test_nothing_matched_is_a_failure_with_the_first_names(api: Api, core: Core, dataset_id: str) -> None:
     job = brought(api, core, dataset_id, json.dumps({"a.png": "x", "1.png": "y"}))
     assert (job["status"], job["error"]["code"]) == ("failed", "nothing_matched")

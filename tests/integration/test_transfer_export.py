@@ -10,8 +10,8 @@ from sqlalchemy import func, update
 
 from services.captioner.transfer import export
 from shared.core import Core
-from shared.db.models import Caption, Dataset
-from tests.integration.factories import add_dataset, add_job
+from shared.db.models import Caption, CaptionJobItem, Dataset
+from tests.integration.factories import add_dataset, add_job, share_caption
 from tests.integration.support import Api
 from tests.integration.transfers import brought, captions_of, texts, with_images
 
@@ -86,7 +86,7 @@ def test_json_is_keyed_by_path_and_sidecars_are_called_like_their_images(api: Ap
 def test_usable_leaves_out_what_training_does(api: Api, core: Core, awkward: Any) -> None:
     by_text = {c["text"]: c["id"] for c in captions_of(api, awkward)}
     with core.transaction() as session:
-        session.execute(update(Caption).values(flags=["label_missing", "over_budget"]))
+        session.execute(update(Caption).values(flags=["over_budget", "label_missing"]))
         for text, values in (("=1+1", {"excluded": True}), ("a jpeg", {"flags": ["label_missing", "refusal"]})):
             session.execute(update(Caption).where(Caption.id == by_text[text]).values(**values))
 
@@ -97,6 +97,17 @@ def test_usable_leaves_out_what_training_does(api: Api, core: Core, awkward: Any
 
     assert exported("all") == by_text.keys()
     assert exported("usable") == by_text.keys() - {"=1+1", "a jpeg"}
+
+    other = add_job(core, request=awkward["request"], dataset_id=awkward["dataset_id"], status="succeeded")
+    share_caption(core, by_text["its namesake"], other, ["duplicate"])
+    assert exported("usable") == by_text.keys() - {"=1+1", "a jpeg"}, "what another job says is not this one's"
+    with core.transaction() as session:
+        mine = update(CaptionJobItem).where(CaptionJobItem.job_id == awkward["id"])
+        session.execute(mine.where(CaptionJobItem.caption_id == by_text["the other one"]).values(flags=["duplicate"]))
+    assert exported("usable") == by_text.keys() - {"=1+1", "a jpeg", "the other one"}
+    body = api.anna.get(f"/v1/caption_jobs/{awkward['id']}/export").json()
+    assert body["val/dog/1.png"][0]["flags"] == ["over_budget", "label_missing", "duplicate"]
+    assert body["test/dog/3.png"][0]["flags"] == ["over_budget", "label_missing"]
 
 
 def test_a_job_without_captions_is_exported_as_nothing(api: Api, core: Core) -> None:

@@ -2,40 +2,39 @@
 and it may be sent piece by piece while it is written."""
 
 import logging
-import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from services.captioner.engines.thinking import TAGS
+from services.captioner.engines.thinking import MARKS, TAGS, without_thoughts
 
 logger = logging.getLogger(__name__)
 
-_OPENERS = tuple(opener for opener, _ in TAGS)
-_THOUGHT = re.compile("|".join(f"{opener}.*?(?:{closer}|\\Z)" for opener, closer in TAGS), re.DOTALL)
 _UNFINISHED = "\ufffd"  # what bytes that are not yet a whole character decode to
 
 
-def visible(raw: str, stop: Sequence[str] = (), opened: str = "") -> tuple[str, bool]:
+def visible(raw: str, stop: Sequence[str] = (), opened: str = "", *, sent: bool = False) -> tuple[str, bool]:
     """The text that a caller sees of `raw`, and whether a stop string ended it.
 
-    Thoughts are removed, one without an end up to the end of the text. `opened` is the thought that the prompt itself
-    began ("<think>"), if any. Stop strings are sought in what is left, after leading white space.
+    Thoughts are removed as `without_thoughts` does; `opened` is the one that the prompt itself began ("<think>"), if
+    any, and `sent` says that the text is sent while it is written. Stop strings are sought in what is left, after
+    leading white space.
     """
-    text = _THOUGHT.sub("", opened + raw).lstrip()
+    text = without_thoughts(opened + raw, sent=sent).lstrip()
     cut = min((at for string in stop if (at := text.find(string)) >= 0), default=None)
     return text[:cut].rstrip(), cut is not None
 
 
 def settled(raw: str, stop: Sequence[str] = (), opened: str = "") -> str:
-    """The longest known beginning of `visible(raw + rest)` for every possible rest of the text."""
+    """The longest known beginning of `visible(raw + rest, sent=True)` for every possible rest of the text."""
     raw = raw.rstrip(_UNFINISHED)
-    text = _THOUGHT.sub("", opened + raw[: len(raw) - _begun(raw, _OPENERS)]).lstrip()
+    text = without_thoughts(opened + raw[: len(raw) - _begun(raw.lower(), MARKS)], sent=True).lstrip()
     cut = min((at for string in stop if (at := text.find(string)) >= 0), default=len(text) - _begun(text, stop))
     return text[:cut].rstrip()
 
 
 def opened_by(prompt: str) -> str:
     """The thought that a prompt begins and leaves to the model to end, "" if none."""
+    prompt = prompt.lower()
     last = max(TAGS, key=lambda pair: prompt.rfind(pair[0]))
     return last[0] if prompt.rfind(last[0]) > prompt.rfind(last[1]) else ""
 
@@ -100,15 +99,18 @@ class Transcript:
         if not pending.endswith(_UNFINISHED):
             self._raw += pending
             self._context, self._done = self._done, len(self._ids)
-            self.stopped = bool(self._stop) and visible(self._raw, self._stop, self._opened)[1]
+            self.stopped = bool(self._stop) and self._visible(self._raw)[1]
         if self._stream is not None:
             self._stream.send(settled(self._raw, self._stop, self._opened))
         return self.stopped or self.tokens == self._limit
 
     def text(self) -> str:
         """What a caller sees of it in the end."""
-        text, self.stopped = visible(self._raw + self._pending(), self._stop, self._opened)
+        text, self.stopped = self._visible(self._raw + self._pending())
         return text
+
+    def _visible(self, raw: str) -> tuple[str, bool]:
+        return visible(raw, self._stop, self._opened, sent=self._stream is not None)
 
     def _pending(self) -> str:
         before = self._decode(self._ids[self._context : self._done])

@@ -6,6 +6,7 @@ whatever comes back becomes a caption or a `CaptuneError` (openai_replies.py).
 """
 
 import base64
+import hashlib
 import io
 import json
 import logging
@@ -83,6 +84,9 @@ class OpenAIEngine(Engine):
         for server, words in said.items():
             self._servers.set_aside(server, words)
         parts = ["openai", spec.model, spec.revision, f"max_pixels={spec.max_pixels}", CODE_VERSION]
+        if spec.extra_body:
+            told = json.dumps(spec.extra_body, sort_keys=True).encode()
+            parts.append(f"extra={hashlib.sha256(told).hexdigest()[:12]}")
         self.revision = " ".join(part for part in parts if part)
         well, count = len(self._servers.all) - len(troubles), len(self._servers.all)
         logger.info("engine %s: %s ready, %d of %d servers answer", self.name, self.revision, well, count)
@@ -95,6 +99,7 @@ class OpenAIEngine(Engine):
         ]
         content.append({"type": "text", "text": request.prompt})
         body: dict[str, Any] = {
+            **self.spec.extra_body,
             "model": self._model,
             "messages": [{"role": "user", "content": content}],
             "temperature": request.temperature,

@@ -22,6 +22,7 @@ _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 # Any other longer name ("gpt-4o-mini" for "gpt-4o") is another model.
 _VERSION = re.compile(r"[-@:](\d{3,}[\d-]*|v\d[\w.:-]*|latest)")
 _MOST_TOKENS = 2**31 - 1
+_MOST_CHARACTERS = 8_000  # of a text without its thoughts; several times the longest caption one may ask for
 _DAY_S = 86400.0
 
 
@@ -80,9 +81,11 @@ def _read_choice(choice: Any, usage: Any) -> Reply | Trouble:
     if not text and isinstance(message.get("refusal"), str):
         text = message["refusal"]  # a refusal in words: the quality checks flag it as such
     usage = usage if isinstance(usage, dict) else {}
+    text = strip_thinking(_UNSTORABLE.sub("\ufffd", text))
+    cut = choice.get("finish_reason") == "length" or len(text) > _MOST_CHARACTERS
     return Reply(
-        text=strip_thinking(_UNSTORABLE.sub("\ufffd", text)),
-        finish_reason="length" if choice.get("finish_reason") == "length" else "stop",
+        text=text[:_MOST_CHARACTERS],
+        finish_reason="length" if cut else "stop",
         prompt_tokens=_count(usage.get("prompt_tokens")),
         completion_tokens=_count(usage.get("completion_tokens")),
         filtered=choice.get("finish_reason") == "content_filter",

@@ -64,6 +64,7 @@ class _Waiter:
     tried: Collection[Server]
     ready: threading.Condition
     server: Server | None = None
+    probe: bool = False  # as granted; whether the server is probed may have changed by the time the waiter wakes up
 
 
 class Servers:
@@ -95,7 +96,7 @@ class Servers:
                 rests = [server.rest_until for server in self.all if server.rest_until > now]
                 waiter.ready.wait(min([deadline, *rests]) - now)
                 self._grant()
-            return Lease(waiter.server, waiter.server.probing, time.monotonic())
+            return Lease(waiter.server, waiter.probe, time.monotonic())
 
     def release(self, lease: Lease, verdict: Verdict, why: str = "", retry_after: float | None = None) -> None:
         """Ends a lease and draws the consequences. `why` is shown to users where no server is left."""
@@ -144,7 +145,7 @@ class Servers:
             server.probing = server.down
             self._in_flight += 1
             waiter = self._waiters.popleft()
-            waiter.server = server
+            waiter.server, waiter.probe = server, server.probing
             waiter.ready.notify()
 
     def _best(self, tried: Collection[Server]) -> Server | None:

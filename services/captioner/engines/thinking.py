@@ -4,14 +4,21 @@ import re
 
 #: (open, close) of the families that write their thoughts into the text.
 TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("\u25c1think\u25b7", "\u25c1/think\u25b7"))
-_MARKS = re.compile("(" + "|".join(mark for pair in TAGS for mark in pair) + ")", re.IGNORECASE)
+MARKS = tuple(mark for pair in TAGS for mark in pair)
+_MARKS = re.compile("(" + "|".join(MARKS) + ")", re.IGNORECASE | re.ASCII)  # no Turkish dotted capital I
 
 
 def strip_thinking(text: str) -> str:
-    """The text without `<think>...</think>` (or `<thinking>`, or Kimi's `◁think▷`) blocks, stripped of outer space.
+    """What `without_thoughts` leaves, stripped of outer space."""
+    return without_thoughts(text).strip()
 
-    A close without an open ends a thought whose open was in the prompt: all before it goes. An open without a close is
-    a thought cut off by the token limit: all after it goes. Linear in the text's length.
+
+def without_thoughts(text: str, *, sent: bool = False) -> str:
+    """The text without `<think>...</think>` (or `<thinking>`, or Kimi's `◁think▷`) blocks, in upper or lower case.
+
+    A close without an open ends a thought whose open was in the prompt: all before it goes, unless it has been `sent`
+    to the caller while it was written; then only the mark goes. An open without a close is a thought cut off by the
+    token limit: all after it goes. Linear in the text's length.
     """
     kept: list[str] = []
     inside = False
@@ -22,7 +29,7 @@ def strip_thinking(text: str) -> str:
         elif part[1] != "/":
             inside = True
         else:
-            if not inside:
+            if not inside and not sent:
                 kept.clear()
             inside = False
-    return "".join(kept).strip()
+    return "".join(kept)

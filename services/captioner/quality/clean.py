@@ -7,14 +7,15 @@ _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 _CONTROL = re.compile("[\x01-\x08\x0e-\x1f\x7f\ufeff]")
 
 _MARKUP = re.compile(r"</?(?:br|p|b|i|em|strong|ul|ol|li|h[1-6])\s*/?>", re.IGNORECASE)
-_LINK = re.compile(r"!?\[([^\[\]]*[^\W\d_][^\[\]]*)\]\([^()\s]*\)")
-_UNDERLINED = re.compile(r"(?<!\w)(_{1,3})(?=\S)(.+?)(?<=\S)\1(?!\w)")
+# Each of these goes over a text once, whatever it is: what a group has taken it never gives back to be tried again.
+_LINK = re.compile(r"!?\[((?:(?![\[\]])[\W\d_])*+[^\W\d_][^\[\]]*+)\]\([^()\s]*+\)")
+_UNDERLINED = re.compile(r"(?<!\w)_++(?=\S)|(?<![\s_])_++(?!\w)")  # at a word's edge; snake_case stays
 _EMPHASIS = re.compile(r"[*`]+|~~+")
-_FENCE = re.compile(r"^\s*(?:`{3,}|~{3,})\s*(?:text|txt|plaintext|markdown|md|json|html)?\s*$", re.IGNORECASE)
+_FENCE = re.compile(r"^\s*+(?:`{3,}+|~{3,}+)\s*+(?:text|txt|plaintext|markdown|md|json|html)?\s*+$", re.IGNORECASE)
 _RULE = re.compile(r"^[\s|:=+*_-]*$")  # a table's or a heading's line, or an empty one
 _ITEM = re.compile(r"^\s*(?:(?:[-*+\u2022\u2023\u25aa\u25e6\u00b7\u2013\u2014]|\(?\d{1,2}[.)]|#{1,6})\s+)+|(?=\*\*|__)")
 _QUOTATION = re.compile(r"^\s*(?:>\s?)+")
-_CELLS = re.compile(r"\s*\|\s*")
+_CELLS = re.compile(r" ?\| ?")
 
 _QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u201e": "\u201c", "\u2018": "\u2019", "\u00ab": "\u00bb"}
 _QUOTED = re.compile(f"([{''.join(_QUOTES)}])(.*)([{''.join(_QUOTES.values())}])(\\.?)", re.DOTALL)
@@ -78,7 +79,7 @@ def _plain(text: str) -> str:
     """Markdown to sentences. Letters are never lost, apart from a link's address."""
     text = _LINK.sub(r"\1", _MARKUP.sub("\n", text))
     if "_" in text:
-        text = _UNDERLINED.sub(r"\2", text)
+        text = _UNDERLINED.sub("", text)
     sentences: list[str] = []
     goes_on = False  # does the next plain line continue the sentence before it
     for line in text.splitlines():
@@ -89,7 +90,7 @@ def _plain(text: str) -> str:
         item, row = _ITEM.match(line), line.count("|") > 1
         words = line[item.end() :] if item else line
         if row:
-            words = _CELLS.sub(", ", words.strip(" |"))
+            words = _CELLS.sub(", ", " ".join(words.strip(" |").split()))
         words = " ".join(_EMPHASIS.sub("", words).split())
         if not words:
             continue
@@ -116,7 +117,12 @@ def _unquoted(text: str) -> str:
     """Without a pair of quotes around all of it, or the one quote that lost its partner to a cut."""
     pair = _QUOTED.fullmatch(text)
     if pair and _QUOTES[pair[1]] == pair[3] and (pair[1] in "'\u2018" or not {pair[1], pair[3]} & set(pair[2])):
-        return pair[2].strip() + (pair[4] if pair[2][-1:].isalnum() else "")
+        inner = pair[2]
+        if pair[1] == pair[3]:  # all of the pairs at once, lest thousands of them take as many rounds
+            left, right = inner.lstrip(pair[1]), inner.rstrip(pair[1])
+            more = min(len(inner) - len(left), len(inner) - len(right), len(inner) // 2)
+            inner = inner[more : len(inner) - more]
+        return inner.strip() + (pair[4] if inner[-1:].isalnum() else "")
     marks = [letter for letter in text if letter in _DOUBLE]
     return text.strip(marks[0]).strip() if len(marks) == 1 else text
 

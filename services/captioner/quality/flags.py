@@ -21,6 +21,7 @@ _REFUSAL = re.compile(
     r"|\bplease (?:provide|upload|share|attach|send) (?:me )?(?:the|an?|another|your) (?:image|photo|picture)\b",
     re.IGNORECASE,
 )
+_LOOKED_AT = 1_000  # words at the end, where a model that runs into a loop stays in it
 _LANGUAGES: dict[str, tuple[str, ...]] = {}
 for _language, _function_words in FUNCTION_WORDS.items():
     for _word in _function_words:
@@ -48,13 +49,14 @@ def flags(text: str, own: str, names: Names, language: str | None) -> list[Flag]
 def loops(found: Sequence[str]) -> bool:
     """Has the model run into a loop? True where words repeat in direct succession: one word 4 times, two or three words
     3 times, 4 to 7 words 3 times or 8 and more twice; or where of 24 and more words fewer than half of the
-    three-word runs are different ones."""
+    three-word runs are different ones. Succession is looked for in the last 1,000 words."""
     trigrams = list(zip(found, islice(found, 1, None), islice(found, 2, None), strict=False))
     distinct = len(set(trigrams))
     if distinct == len(trigrams):
         return False  # each of the above repeats three words in a row
     if len(found) >= 24 and 2 * distinct < len(trigrams):
         return True
+    found = found[-_LOOKED_AT:]
     for period in range(1, len(found) // 2 + 1):
         wanted = period * (3 if period == 1 else 2 if period < 8 else 1)  # words that equal the word a period before
         run = 0

@@ -13,6 +13,7 @@ from shared.schemas.captions import FLAGS, Flag
 from shared.templates import photo_of, prefixed
 
 FEWEST_WORDS = 5  # the least that a prompt asks for
+MAX_RAW = 8_000  # characters of an answer that are read; several times the longest caption one may ask for
 _MARGIN = 0.9  # of the words that would just fit: models overshoot, and the trimming after loses whole sentences
 _LEAST_SHEARED = 4  # tokens beyond the prefix; fewer would keep a word or two
 
@@ -65,7 +66,7 @@ class Inspector:
                 )
 
     def measure(self, raw: str, display_name: str) -> Draft:
-        text = clean(raw)
+        text = clean(raw[:MAX_RAW])
         tokens = self._count(display_name, text)
         return Draft(text, tokens, tokens > self._counter.context_length, self._prefix(display_name))
 
@@ -78,7 +79,10 @@ class Inspector:
 
     def finish(self, raw: str, display_name: str, finish_reason: str = "stop") -> Inspected:
         """finish_reason "length": the model was stopped at its token limit, so a broken last sentence is dropped where
-        another is left. A first sentence longer than the budget is kept whole and flagged over_budget."""
+        another is left. So it is in an answer of more than MAX_RAW characters, which is cut there. A first sentence
+        longer than the budget is kept whole and flagged over_budget."""
+        if cut := len(raw) > MAX_RAW:
+            raw, finish_reason = raw[:MAX_RAW], "length"
         text = cleaned = clean(raw)
         if finish_reason == "length" and not raw.rstrip(" \n\"'*`\u201d").endswith((".", "!", "?")):
             text = without_cut_sentence(text)
@@ -95,7 +99,7 @@ class Inspector:
         # A loop tells of the answer, also where the repetitions were cut off.
         if shortened != cleaned and "repetition" not in found and loops(words(cleaned)):
             found = [flag for flag in FLAGS if flag in (*found, "repetition")]
-        return Inspected(shortened, tokens, found, trimmed=shortened != cleaned)
+        return Inspected(shortened, tokens, found, trimmed=cut or shortened != cleaned)
 
     def edited(self, text: str, display_name: str) -> Inspected:
         """A human's words: as they are (but for what cannot be stored), measured and flagged."""

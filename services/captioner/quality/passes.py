@@ -1,66 +1,58 @@
-"""What can be said only of all captions of a job together. A pass streams them in pages, writes in short transactions
-of its claim, and sets its flags to what holds now: doing it twice changes nothing. What it changes gets a new version,
-as by any edit; an edit made meanwhile is not overwritten."""
+"""What can be said only of all captions of a job together. It is kept with the job's items, not with the captions:
+other jobs hold the same captions among others. A pass streams them in pages, writes in short transactions of its claim,
+and sets its flags to what holds now: doing it twice changes nothing. Of a text that was replaced since it was read it
+says nothing."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from sqlalchemy import ARRAY, Row, Text, any_, func, literal, select, text, update
-from sqlalchemy.orm import Session
+from sqlalchemy import Row, func, select, text
 
 from services.captioner.quality.duplicates import Duplicates
 from shared.datasets.lookup import display_names
 from shared.db.models import Caption, CaptionJobItem, Dataset, Image, Job
 from shared.jobs.claim import Claim
-from shared.schemas.captions import Flag
+from shared.schemas.captions import FLAGS, Flag
 from shared.templates import display_name
 
 PAGE = 2000  # captions read or written at a time
 
-_SET_AGREEMENT = text(
-    """
-    UPDATE captions AS c SET agreement = m.agreement, version = c.version + 1
-    FROM (
-        SELECT u.id, jsonb_build_object(
-            'clip_score', u.score, 'retrieval_rank', u.rank, 'retrieval_of', CAST(:images AS integer)
-        ) AS agreement
-        FROM unnest(CAST(:ids AS text[]), CAST(:scores AS float8[]), CAST(:ranks AS integer[])) AS u (id, score, rank)
-    ) AS m
-    WHERE c.id = m.id AND c.agreement IS DISTINCT FROM m.agreement
-    """
-)
+_WRITE = text("""
+    UPDATE caption_job_items AS item SET flags = new.flags, agreement = new.agreement
+    FROM json_to_recordset(CAST(:rows AS json)) AS new (id text, md5 text, flags text[], agreement jsonb)
+    JOIN captions ON captions.id = new.id AND md5(captions.text) = new.md5
+    WHERE item.job_id = :job_id AND item.caption_id = new.id
+""")
 
 
 def mark_duplicates(claim: Claim, job_id: str) -> dict[str, int]:
     """Sets and removes `duplicate` (the earliest caption, by id, stays unflagged) and `duplicate_other_class`;
-    duplicates.py says what they mean. -> how many captions have each. Memory: 4 bytes a word, 300 a caption."""
+    duplicates.py says what they mean. -> how many captions have each. Memory: 4 bytes a word, 400 a caption."""
     with claim.core.transaction() as session:
         total = session.scalar(select(func.count()).where(CaptionJobItem.job_id == job_id)) or 0
         dataset = session.get(Dataset, session.get_one(Job, job_id).dataset_id)
         names = display_names(dataset) if dataset else {}
     captions = Duplicates()
-    ids: list[str] = []
+    read: list[tuple[str, str]] = []
     for page in _pages(claim, job_id):
-        claim.progress("finding duplicates", len(ids), total)
+        claim.progress("finding duplicates", len(read), total)
         classes = [names.get(row.class_name) or display_name(row.class_name) for row in page]
         captions.add([row.text for row in page], classes)
-        ids.extend(row.id for row in page)
+        read.extend((row.id, row.md5) for row in page)
     duplicate, across = captions.find(lambda _: claim.check())
-    flagged: tuple[tuple[Flag, list[bool]], ...] = (
-        ("duplicate", duplicate.tolist()),
-        ("duplicate_other_class", across.tolist()),
-    )
-    for start in range(0, len(ids), PAGE):
+    flagged: dict[Flag, list[bool]] = {"duplicate": duplicate.tolist(), "duplicate_other_class": across.tolist()}
+    for start in range(0, len(read), PAGE):
+        part = slice(start, start + PAGE)
         claim.check()
-        with claim.transaction() as session:
-            for flag, holds in flagged:
-                _set_flag(session, flag, ids[start : start + PAGE], holds[start : start + PAGE])
+        _write(claim, job_id, read[part], {flag: holds[part] for flag, holds in flagged.items()})
     claim.progress("finding duplicates", total, total)
-    return {flag: sum(holds) for flag, holds in flagged}
+    return {flag: sum(holds) for flag, holds in flagged.items()}
 
 
 def measure_agreement(claim: Claim, job_id: str, clip_model: str) -> dict[str, float]:
-    """Fills `captions.agreement` and sets and removes `low_agreement` (agreement.py has the scale and the rule). Keeps
-    one embedding per image in memory: 200 MB for 100,000 images of 512 dimensions.
+    """Fills `agreement` of the job's items and sets and removes `low_agreement` (agreement.py has the scale and the
+    rule). Keeps one embedding per image in memory: 200 MB for 100,000 images of 512 dimensions.
 
     -> means over the job's captions: clip_score, recall_at_1 and low_agreement (shares); and how many images and
     captions. Raises what `shared.clip.load_clip` raises."""
@@ -100,16 +92,11 @@ def measure_agreement(claim: Claim, job_id: str, clip_model: str) -> dict[str, f
     done = 0
     for page in _pages(claim, job_id):
         measured = agreements(clip, embedded, [row.text for row in page], [rows[row.image_id] for row in page])
-        ids, low = [row.id for row in page], [each.low(images) for each in measured]
-        with claim.transaction() as session:
-            values = {
-                "ids": ids,
-                "scores": [each.clip_score for each in measured],
-                "ranks": [each.rank for each in measured],
-                "images": images,
-            }
-            session.execute(_SET_AGREEMENT, values)
-            _set_flag(session, "low_agreement", ids, low)
+        low = [each.low(images) for each in measured]
+        found = [
+            {"clip_score": each.clip_score, "retrieval_rank": each.rank, "retrieval_of": images} for each in measured
+        ]
+        _write(claim, job_id, [(row.id, row.md5) for row in page], {"low_agreement": low}, found)
         sums["clip_score"] += sum(each.clip_score for each in measured)
         sums["recall_at_1"] += sum(each.rank == 1 for each in measured)
         sums["low_agreement"] += sum(low)
@@ -118,10 +105,10 @@ def measure_agreement(claim: Claim, job_id: str, clip_model: str) -> dict[str, f
     return {name: round(value / done, 4) for name, value in sums.items()} | {"images": images, "captions": done}
 
 
-def _pages(claim: Claim, job_id: str) -> Iterator[Sequence[Row[str, str, str, str]]]:
-    """The job's captions by id: (id, text, image_id, class_name)."""
+def _pages(claim: Claim, job_id: str) -> Iterator[Sequence[Row[str, str, str, str, str]]]:
+    """The job's captions by id: (id, text, md5 of the text, image_id, class_name)."""
     query = (
-        select(Caption.id, Caption.text, Caption.image_id, Image.class_name)
+        select(Caption.id, Caption.text, func.md5(Caption.text).label("md5"), Caption.image_id, Image.class_name)
         .join(CaptionJobItem, CaptionJobItem.caption_id == Caption.id)
         .join(Image, Image.id == Caption.image_id)
         .where(CaptionJobItem.job_id == job_id)
@@ -139,15 +126,31 @@ def _pages(claim: Claim, job_id: str) -> Iterator[Sequence[Row[str, str, str, st
         last = page[-1].id
 
 
-def _set_flag(session: Session, flag: Flag, ids: Sequence[str], holds: Sequence[bool]) -> None:
-    """Only rows that change are written."""
-    for wanted in (True, False):
-        chosen = literal([id for id, held in zip(ids, holds, strict=True) if held is wanted], ARRAY(Text))
-        has = Caption.flags.contains([flag])
-        change = func.array_append if wanted else func.array_remove
-        session.execute(
-            update(Caption)
-            .where(Caption.id == any_(chosen), ~has if wanted else has)
-            .values(flags=change(Caption.flags, flag), version=Caption.version + 1)
-            .execution_options(synchronize_session=False)
-        )
+def _write(
+    claim: Claim,
+    job_id: str,
+    read: Sequence[tuple[str, str]],
+    holds: Mapping[Flag, Sequence[bool]],
+    agreements: Sequence[dict[str, Any]] | None = None,
+) -> None:
+    """Only items that change are written; their other flags stay, and the agreement where none is given.
+
+    read: (id, md5 of the text) of captions, in the order of ids as is all else. The items are locked in that order
+    before the texts are compared: see `writing.forget_comparisons`."""
+    query = select(CaptionJobItem.caption_id, CaptionJobItem.flags, CaptionJobItem.agreement)
+    query = query.where(CaptionJobItem.job_id == job_id, CaptionJobItem.caption_id == func.any([id for id, _ in read]))
+    query = query.order_by(CaptionJobItem.caption_id).with_for_update()
+    with claim.transaction() as session:
+        items = {id: (flags, agreement) for id, flags, agreement in session.execute(query)}
+        rows = []
+        for i, (id, md5) in enumerate(read):
+            if id not in items:
+                continue
+            before, agreement = items[id]
+            after = [flag for flag in FLAGS if (holds[flag][i] if flag in holds else flag in before)]
+            if agreements is not None:
+                agreement = agreements[i]
+            if (after, agreement) != items[id]:
+                rows.append({"id": id, "md5": md5, "flags": after, "agreement": agreement})
+        if rows:
+            session.execute(_WRITE, {"job_id": job_id, "rows": json.dumps(rows)})

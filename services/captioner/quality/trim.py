@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 
 from services.captioner.quality.words import FUNCTION_WORDS
 
-_STOP = re.compile(r"[.!?\u2026]+[\"')\]\u2019\u201d\u00bb]*(?=\s|$)|[\u3002\uff01\uff1f]+")
+_STOP = re.compile(r"(?<![.!?\u2026])[.!?\u2026]++[\"')\]\u2019\u201d\u00bb]*+(?=\s|$)|[\u3002\uff01\uff1f]++")
+_NEXT = re.compile(r"\s*+(\S?)")
+_LONGEST_WORD = 16  # looked at before a stop; abbreviations are shorter
 _ABBREVIATIONS = frozenset({"approx", "ca", "cf", "dr", "e.g", "etc", "i.e", "mr", "mrs", "ms", "mt", "no", "st", "vs"})
 
 
@@ -15,8 +17,10 @@ def sentence_ends(text: str) -> list[int]:
     and "J. Smith" do not end one; a last sentence without a full stop does not count."""
     ends = []
     for stop in _STOP.finditer(text):
-        word = text[: stop.start()].rpartition(" ")[2].lstrip("(\"'\u2018\u201c").lower()
-        follows = text[stop.end() :].lstrip()[:1]
+        before = text[max(0, stop.start() - _LONGEST_WORD) : stop.start()]
+        word = before.rpartition(" ")[2].lstrip("(\"'\u2018\u201c").lower()
+        after = _NEXT.match(text, stop.end())
+        follows = after[1] if after else ""
         if follows.islower() or (follows and (word in _ABBREVIATIONS or (len(word) == 1 and word.isalpha()))):
             continue
         ends.append(stop.end())
@@ -24,9 +28,11 @@ def sentence_ends(text: str) -> list[int]:
 
 
 def trim(text: str, fits: Callable[[str], bool]) -> str:
-    """The most whole sentences that fit; the first one alone where even that does not."""
-    kept = [text[:end] for end in sentence_ends(text)] or [text]
-    return next((part for part in reversed(kept) if fits(part)), kept[0])
+    """The most whole sentences that fit; the first one alone where even that does not. Where a text fits, so must any
+    beginning of it."""
+    ends = sentence_ends(text) or [len(text)]
+    fitting = bisect_left(ends, True, key=lambda end: not fits(text[:end]))
+    return text[: ends[max(fitting, 1) - 1]]
 
 
 def shear(text: str, fits: Callable[[str], bool]) -> str:

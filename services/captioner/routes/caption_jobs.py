@@ -9,7 +9,6 @@ from services.captioner.routes.preview import preview
 from services.captioner.routes.report import report
 from services.captioner.routes.submission import batchers_of, resolve
 from shared.auth import Reader, Writer
-from shared.clip_tokens import token_counter
 from shared.db.models import Job
 from shared.ids import new_id
 from shared.jobs import ledger
@@ -73,9 +72,4 @@ router.include_router(job_routes("caption", "/caption_jobs", render_caption_job,
 def report_caption_job(id: str, core: CoreDep, who: Reader) -> Any:
     """As they are now, edits included; also while the job runs."""
     with core.transaction() as session:
-        job = get_job(session, who, "caption", id)
-    counter = token_counter(
-        job.request.get("clip_model", "starter"), core.settings.model_cache, core.settings.model_roots
-    )
-    with core.transaction() as session:
-        return report(session, job, counter)
+        return report(session, get_job(session, who, "caption", id))

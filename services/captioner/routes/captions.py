@@ -1,5 +1,6 @@
 """REST: captions, searched and reviewed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -8,6 +9,7 @@ from sqlalchemy import ColumnElement, Select, func, literal_column, select
 from sqlalchemy.orm import Session
 
 from services.captioner.quality.inspect import Inspected, Inspector
+from services.captioner.writing import forget_comparisons
 from shared.auth import Principal, Reader, Writer
 from shared.clip_tokens import token_counter
 from shared.core import Core
@@ -25,9 +27,29 @@ router = APIRouter()
 _ENGLISH: ColumnElement[Any] = literal_column("'english'::regconfig")  # to the letter as in ix_captions_search
 
 
-def render_caption(row: Caption, image: Image) -> schema.Caption:
-    columns = {c.key: getattr(row, c.key) for c in Caption.__table__.columns}
-    return schema.Caption(**columns, path=image.path, class_name=image.class_name)
+def render_caption(row: Caption, image: Image, item: CaptionJobItem | None) -> schema.Caption:
+    """`item`: the job's whose comparison of the caption with its others is shown."""
+    columns: dict[str, Any] = {c.key: getattr(row, c.key) for c in Caption.__table__.columns}
+    if item is not None:
+        columns["flags"] = [flag for flag in schema.FLAGS if flag in (*row.flags, *item.flags)]
+    return schema.Caption(
+        **columns, path=image.path, class_name=image.class_name, agreement=item.agreement if item else None
+    )
+
+
+def _items(session: Session, caption_ids: Sequence[str], job_id: str | None = None) -> dict[str, CaptionJobItem]:
+    """By caption: the job's, or else that of the newest job that holds it (ids sort by time)."""
+    query = select(CaptionJobItem).where(CaptionJobItem.caption_id == func.any(list(caption_ids)))
+    if job_id is not None:
+        query = query.where(CaptionJobItem.job_id == job_id)
+    newest = query.distinct(CaptionJobItem.caption_id).order_by(CaptionJobItem.caption_id, CaptionJobItem.job_id.desc())
+    return {item.caption_id: item for item in session.scalars(newest)}
+
+
+def _flags_of_newest_job() -> ColumnElement[Any]:
+    """The flags that `_items` gives a caption of the outer query, null where no job holds it."""
+    items = select(CaptionJobItem.flags).where(CaptionJobItem.caption_id == Caption.id).correlate(Caption)
+    return items.order_by(CaptionJobItem.job_id.desc()).limit(1).scalar_subquery()
 
 
 def matches(q: str) -> ColumnElement[bool]:
@@ -58,9 +80,11 @@ class Filters:
     ] = None
 
     def of(self, query: Select[Caption]) -> Select[Caption]:
+        of_job: ColumnElement[Any] = _flags_of_newest_job()
         if self.caption_job_id is not None:
             query = query.join(CaptionJobItem, CaptionJobItem.caption_id == Caption.id)
             query = query.where(CaptionJobItem.job_id == self.caption_job_id)
+            of_job = CaptionJobItem.__table__.c.flags
         if self.image_id is not None:
             query = query.where(Caption.image_id == self.image_id)
         if self.class_name is not None:
@@ -68,9 +92,9 @@ class Filters:
         if self.characteristic is not None:
             query = query.where(Caption.characteristic == self.characteristic)
         if self.flag is not None:
-            query = query.where(Caption.flags.contains([self.flag]))
+            query = query.where(Caption.flags.contains([self.flag]) | of_job.contains([self.flag]))
         if self.flagged is not None:
-            some = func.cardinality(Caption.flags) > 0
+            some = (func.cardinality(Caption.flags) > 0) | (func.coalesce(func.cardinality(of_job), 0) > 0)
             query = query.where(some if self.flagged == "any" else ~some)
         if self.excluded is not None:
             query = query.where(Caption.excluded == self.excluded)
@@ -96,15 +120,17 @@ def list_captions(
         rows, more = page(session, query, Caption.id, after, limit, ascending=True)
         ids = {row.image_id for row in rows}
         images = {image.id: image for image in session.scalars(select(Image).where(Image.id.in_(ids)))}
-    return common.Page.of([render_caption(row, images[row.image_id]) for row in rows], more)
+        items = _items(session, [row.id for row in rows], filters.caption_job_id)
+    return common.Page.of([render_caption(row, images[row.image_id], items.get(row.id)) for row in rows], more)
 
 
 @router.get("/captions/{id}", response_model=schema.Caption, summary="One caption; its version is the ETag")
 def show_caption(id: str, core: CoreDep, who: Reader, response: Response) -> Any:
     with core.transaction() as session:
         row, image = _caption(session, who, id)
+        item = _items(session, [id]).get(id)
     response.headers["ETag"] = _etag(row)
-    return render_caption(row, image)
+    return render_caption(row, image, item)
 
 
 @router.patch(
@@ -128,8 +154,8 @@ def edit_caption(
 ) -> Any:
     """A new text is measured and flagged as the model's was, for the CLIP of the caption's newest job; the first text
     is kept as `original_text`. What compares captions with one another (duplicates, agreement) belonged to the old
-    text and is dropped. Setting the text back to the original undoes the edit: `original_text` and `edited_by` are null
-    again. A change that changes nothing raises no version."""
+    text and is dropped, in all jobs that hold the caption. Setting the text back to the original undoes the edit:
+    `original_text` and `edited_by` are null again. A change that changes nothing raises no version."""
     text = None if body.text is None else _one_line(body.text)
     if text == "":
         raise InvalidInput(
@@ -147,14 +173,17 @@ def edit_caption(
         before = (row.text, row.excluded)
         if inspected is not None and inspected.text != _one_line(row.text):
             _rewrite(row, inspected, who)
+            session.flush()
+            forget_comparisons(session, [id])
         if body.excluded is not None:
             row.excluded = body.excluded
         if (row.text, row.excluded) != before:
             row.version += 1
         session.flush()
         session.refresh(row)
+        item = _items(session, [id]).get(id)
     response.headers["ETag"] = _etag(row)
-    return render_caption(row, image)
+    return render_caption(row, image, item)
 
 
 def _one_line(text: str) -> str:
@@ -163,7 +192,7 @@ def _one_line(text: str) -> str:
 
 
 def _rewrite(row: Caption, inspected: Inspected, who: Principal) -> None:
-    row.clip_tokens, row.flags, row.agreement = inspected.clip_tokens, list(inspected.flags), None
+    row.clip_tokens, row.flags = inspected.clip_tokens, list(inspected.flags)
     if row.original_text is not None and inspected.text == _one_line(row.original_text):
         row.text, row.original_text, row.edited_by = row.original_text, None, None
         return

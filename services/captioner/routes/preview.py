@@ -1,7 +1,7 @@
 """A caption job's dry run: what `POST /v1/caption_jobs/preview` answers."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from fastapi.concurrency import run_in_threadpool
@@ -10,7 +10,7 @@ from sqlalchemy import select
 
 from services.captioner import planning
 from services.captioner.batcher import Batcher
-from services.captioner.engines.base import CaptionRequest, fit
+from services.captioner.engines.base import CaptionRequest, Generation, fit
 from services.captioner.quality.inspect import Inspector
 from services.captioner.reuse import Surveyor
 from services.captioner.routes.submission import resolve
@@ -123,10 +123,14 @@ async def _live(core: Core, plan: _Plan) -> list[PromptExample]:
         for each in plan.prompts
     ]
     answers = await asyncio.gather(*(plan.batcher.submit(request) for request in requests))
+    return await run_in_threadpool(_examples, plan, inspector, answers)
+
+
+def _examples(plan: _Plan, inspector: Inspector, answers: Sequence[Generation]) -> list[PromptExample]:
     examples = []
     for wanted, answer in zip(plan.prompts, answers, strict=True):
         raw = answer.text.encode(errors="replace").decode()  # half a surrogate pair is no JSON
-        kept = inspector.finish(raw, name, answer.finish_reason)
+        kept = inspector.finish(raw, plan.names[plan.image.class_name], answer.finish_reason)
         result = {"raw": raw, "text": kept.text, "clip_tokens": kept.clip_tokens, "flags": kept.flags}
         examples.append(_example(wanted).model_copy(update=result))
     return examples

@@ -10,7 +10,7 @@ from sqlalchemy import Float, Select, case, func, select
 from sqlalchemy.orm import Session
 
 from services.captioner.routes.captions import render_caption
-from shared.clip_tokens import TokenCounter
+from shared.clip_tokens import DEFAULT_CONTEXT
 from shared.db.models import Caption, CaptionJobItem, Image, Job
 from shared.schemas.captions import Caption as CaptionSchema
 from shared.schemas.captions import CaptionReport, Flag, TokenBin
@@ -20,7 +20,7 @@ SAMPLE = 2_000  # captions read for the distinct figures
 BIN = 10  # tokens
 
 
-def report(session: Session, job: Job, counter: TokenCounter) -> CaptionReport:
+def report(session: Session, job: Job) -> CaptionReport:
     """Counted in the database; texts are read of a sample only."""
     totals = session.execute(
         _of(
@@ -36,8 +36,9 @@ def report(session: Session, job: Job, counter: TokenCounter) -> CaptionReport:
     # By md5 of the id: as good as drawn by lot, and the same at every call.
     texts = session.scalars(_of(job, Caption.text).order_by(func.md5(Caption.id)).limit(SAMPLE)).all()
     distinct_1, distinct_2 = distinct(texts)
-    flag = func.unnest(Caption.flags)
+    flag = func.unnest(Caption.flags + CaptionJobItem.flags)
     lengths = _counts(session, job, Caption.clip_tokens)
+    budget = (job.result or {}).get("budget", DEFAULT_CONTEXT)
     return CaptionReport(
         caption_job_id=job.id,
         images=images,
@@ -46,8 +47,8 @@ def report(session: Session, job: Job, counter: TokenCounter) -> CaptionReport:
         edited=edited,
         flags=_counts(session, job, flag),
         characteristics=_counts(session, job, Caption.characteristic),
-        tokens=histogram(lengths, counter.context_length),
-        budget=counter.context_length,
+        tokens=histogram(lengths, budget),
+        budget=budget,
         words_mean=round(words_mean, 2),
         distinct_1=distinct_1,
         distinct_2=distinct_2,
@@ -106,7 +107,7 @@ def _counts(session: Session, job: Job, value: Any) -> dict[Any, int]:
 
 
 def _agreement(session: Session, job: Job) -> dict[str, float] | None:
-    score, rank = (Caption.agreement[name].astext.cast(Float) for name in ("clip_score", "retrieval_rank"))
+    score, rank = (CaptionJobItem.agreement[name].astext.cast(Float) for name in ("clip_score", "retrieval_rank"))
     found_first = case((rank == 1, 1.0), else_=0.0)
     means = _of(job, func.avg(score), func.avg(found_first).cast(Float)).where(score.is_not(None))
     clip_score, recall = session.execute(means).one()
@@ -115,14 +116,16 @@ def _agreement(session: Session, job: Job) -> dict[str, float] | None:
 
 def _examples(session: Session, job: Job) -> dict[Flag, list[CaptionSchema]]:
     """The oldest captions with each flag."""
-    flag = func.unnest(Caption.flags).label("flag")
+    flag = func.unnest(Caption.flags + CaptionJobItem.flags).label("flag")
     flagged = _of(job, Caption.id, flag).subquery()
     place = func.row_number().over(partition_by=flagged.c.flag, order_by=flagged.c.id).label("place")
     numbered = select(flagged.c.id, flagged.c.flag, place).subquery()
-    query = select(numbered.c.flag, Caption, Image).join(Caption, Caption.id == numbered.c.id)
-    query = query.join(Image, Image.id == Caption.image_id).where(numbered.c.place <= EXAMPLES)
+    query = select(numbered.c.flag, Caption, Image, CaptionJobItem).join(Caption, Caption.id == numbered.c.id)
+    query = query.join(Image, Image.id == Caption.image_id)
+    query = query.join(CaptionJobItem, CaptionJobItem.caption_id == Caption.id)
+    query = query.where(CaptionJobItem.job_id == job.id, numbered.c.place <= EXAMPLES)
     rows: Sequence[Any] = session.execute(query.order_by(numbered.c.flag, Caption.id)).all()
     examples: dict[Flag, list[CaptionSchema]] = {}
-    for name, caption, image in rows:
-        examples.setdefault(name, []).append(render_caption(caption, image))
+    for name, caption, image, item in rows:
+        examples.setdefault(name, []).append(render_caption(caption, image, item))
     return examples

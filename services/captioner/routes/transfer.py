@@ -38,8 +38,8 @@ def import_captions(
         UploadFile,
         File(
             description="JSON keyed by image path or file name; a JSON list, JSONL or CSV of `file_name` (or `path`, "
-            "`image`), `caption` (or `text`) and, if wanted, `characteristic`; or a zip or tar of `.txt` sidecars, one "
-            "caption a line"
+            "`image`), `caption` (or `text`) and, if wanted, `characteristic` and `excluded` (true: left out of "
+            "training); or a zip or tar of `.txt` sidecars, one caption a line, which carry neither of the two"
         ),
     ],
     dataset_id: Annotated[str, Form(max_length=100)],
@@ -49,8 +49,9 @@ def import_captions(
     ] = "starter",
     language: Annotated[Literal["en", "any"], Form(description="any: the language is not checked")] = "en",
 ) -> Any:
-    """A caption job like any other, so fine-tuning can name it. Captions belong to the image whose whole path, or else
-    whose unique file name, they give; the job's result lists those that name none or several."""
+    """A caption job like any other, so fine-tuning can name it. Captions belong to the image whose whole path they
+    give, or the end of it where that is unique; the job's result lists those that name none or several. A caption that
+    an earlier import brought stays as it is now, `excluded` too."""
     name = file.filename or "captions"
     if format is None:
         format = guess(file.file, name)
@@ -101,7 +102,8 @@ def export_captions(
         Include, Query(description="usable: without what is excluded by hand or by fine-tuning's default flags")
     ] = "all",
 ) -> StreamingResponse:
-    """The captions as they are now, edits included, by image path. What was exported can be imported again."""
+    """The captions as they are now, edits included, by image path. What was exported can be imported again; txt carries
+    neither characteristics nor what is excluded."""
     with core.transaction() as session:
         job = get_job(session, who, "caption", id)
         assert job.dataset_id is not None

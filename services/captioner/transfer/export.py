@@ -54,10 +54,11 @@ def exported(core: Core, job_id: str, dataset_id: str, include: Include) -> Iter
 
 
 def _captions(job_id: str, include: Include) -> Select[str, str, str, list[str], bool]:
-    query = select(Caption.image_id, Caption.text, Caption.characteristic, Caption.flags, Caption.excluded)
+    flags = Caption.flags + CaptionJobItem.flags
+    query = select(Caption.image_id, Caption.text, Caption.characteristic, flags, Caption.excluded)
     query = query.join(CaptionJobItem, CaptionJobItem.caption_id == Caption.id).where(CaptionJobItem.job_id == job_id)
     if include == "usable":
-        query = query.where(~Caption.excluded, ~Caption.flags.overlap(list(EXCLUDED_BY_DEFAULT)))
+        query = query.where(~Caption.excluded, ~flags.overlap(list(EXCLUDED_BY_DEFAULT)))
     return query.order_by(Caption.id)
 
 

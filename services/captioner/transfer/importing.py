@@ -1,7 +1,8 @@
 """The task of an import: captions of a file become rows like a model's, at most once each.
 
-The file is read twice: first to see what it would match, so that a file that cannot be used changes nothing, then to
-write. Repeating any step is harmless: a caption is unique by (image, key)."""
+The file is read three times: for which of its names each image goes to, then for what it would match, so that a file
+that cannot be used changes nothing, then to write. Repeating any step is harmless: a caption is unique by (image, key).
+"""
 
 import hashlib
 import json
@@ -17,8 +18,8 @@ from sqlalchemy.orm import Session
 from services.captioner import writing
 from services.captioner.quality.inspect import Inspector
 from services.captioner.quality.passes import mark_duplicates
-from services.captioner.transfer.matching import Matcher, Target
-from services.captioner.transfer.parse import Entry, Refused, read
+from services.captioner.transfer.matching import Claims, Matcher, Target
+from services.captioner.transfer.parse import Entry, Found, Refused, read
 from shared.clip_tokens import token_counter
 from shared.datasets.lookup import display_names
 from shared.datasets.report import listed, printable
@@ -59,18 +60,21 @@ class Survey:
     refused: Listing = field(default_factory=Listing)
     failures: Listing = field(default_factory=Listing)
 
-    def add(self, found: Entry | Refused, images: Iterable[Target]) -> None:
+    def add(self, found: Entry | Refused, images: Iterable[Target], claimed: bool) -> None:
         if isinstance(found, Refused):
             where, message = printable(found.where), printable(found.message)
             self.refused.add({"where": where, "code": found.code, "message": message})
             self.failures.add({"path": where, "code": found.code, "message": message})
             return
         paths, name = [image.path for image in images], printable(found.name)
-        if len(paths) == 1:
+        if claimed:
             self.matched += 1
         elif paths:
             self.ambiguous.add({"name": name, "images": paths[:5]})
-            message = f"{len(paths)} images are called so: {listed(paths)}. Write the whole path."
+            called = (
+                f"{len(paths)} images are called so" if len(paths) > 1 else "another name in the file means the same"
+            )
+            message = f"{called}: {listed(paths)}. Write the whole path."
             self.failures.add({"path": name, "code": "ambiguous_name", "message": message})
         else:
             self.unmatched.add(name)
@@ -95,11 +99,12 @@ def import_captions(claim: Claim) -> Finish:
         counter = token_counter(request.clip_model, settings.model_cache, settings.model_roots)
         with claim.core.transaction() as session:
             names = display_names(session.get_one(Dataset, request.dataset_id))
-            query = select(Image.id, Image.path, Image.class_name).where(Image.dataset_id == request.dataset_id)
-            matcher = Matcher(Target(*row) for row in session.execute(query.execution_options(yield_per=10_000)))
-        survey = _survey(claim, file, request, matcher)
+            query = select(Image.id, Image.path, Image.class_name, Image.split)
+            images = query.where(Image.dataset_id == request.dataset_id).execution_options(yield_per=10_000)
+            claims = Claims(Matcher(Target(*row) for row in session.execute(images)))
+        survey = _survey(claim, file, request, claims)
         inspector = Inspector(counter, list(names.values()), language=request.language)
-        matched, done = _matched(file, request, matcher), 0
+        matched, done = _matched(file, request, claims), 0
         while chunk := list(islice(matched, CHUNK)):
             claim.check()
             claim.progress("importing captions", done, survey.matched)
@@ -116,14 +121,19 @@ def import_captions(claim: Claim) -> Finish:
     return finish
 
 
-def _survey(claim: Claim, file: Path, request: CaptionImport, matcher: Matcher) -> Survey:
-    """Raises InvalidInput where no caption names an image (`nothing_matched`), or the file makes no sense."""
+def _survey(claim: Claim, file: Path, request: CaptionImport, claims: Claims) -> Survey:
+    """Fills the claims. Raises InvalidInput where no caption names an image (`nothing_matched`), or the file makes no
+    sense."""
     survey = Survey()
     claim.progress("reading the file", 0, 1)
-    for number, found in enumerate(read(file, request.format)):
-        if number % CHUNK == 0:
-            claim.check()
-        survey.add(found, () if isinstance(found, Refused) else matcher.find(found.name, sidecar=found.sidecar))
+    for found in _checking(claim, read(file, request.format)):
+        if isinstance(found, Entry):
+            claims.add(found.name, sidecar=found.sidecar)
+    for found in _checking(claim, read(file, request.format)):
+        if isinstance(found, Entry):
+            survey.add(found, *claims.find(found.name, sidecar=found.sidecar))
+        else:
+            survey.add(found, (), False)
     if not survey.matched:
         first = "; ".join(f"{each['path']}: {each['message']}" for each in survey.failures.first[:3])
         raise InvalidInput(
@@ -142,18 +152,26 @@ def _survey(claim: Claim, file: Path, request: CaptionImport, matcher: Matcher) 
     return survey
 
 
-def _matched(file: Path, request: CaptionImport, matcher: Matcher) -> Iterator[tuple[Entry, Target]]:
+def _checking(claim: Claim, entries: Found) -> Found:
+    for number, found in enumerate(entries):
+        if number % CHUNK == 0:
+            claim.check()
+        yield found
+
+
+def _matched(file: Path, request: CaptionImport, claims: Claims) -> Iterator[tuple[Entry, Target]]:
     for found in read(file, request.format):
         if isinstance(found, Entry):
-            images = matcher.find(found.name, sidecar=found.sidecar)
-            if len(images) == 1:
+            images, claimed = claims.find(found.name, sidecar=found.sidecar)
+            if claimed:
                 yield found, images[0]
 
 
 def _row(
     claim: Claim, request: CaptionImport, inspector: Inspector, names: dict[str, str], entry: Entry, image: Target
 ) -> writing.Row:
-    identity = ["import", entry.text, entry.characteristic]
+    # What the row's length and flags depend on belongs to it; what `excluded` says may change at any time.
+    identity = ["import", entry.text, entry.characteristic, request.clip_model, request.language]
     inspected = inspector.edited(entry.text, names[image.class_name])
     return {
         "id": new_id("cpt"),
@@ -163,6 +181,7 @@ def _row(
         "text": entry.text,
         "clip_tokens": inspected.clip_tokens,
         "flags": inspected.flags,
+        "excluded": entry.excluded,
         "provenance": {
             "source": "import",
             "file": request.file_name,
@@ -186,16 +205,19 @@ def _write(claim: Claim, rows: list[writing.Row]) -> None:
 
 def _counts(session: Session, claim: Claim) -> dict[str, Any]:
     mine = Caption.provenance["job_id"].astext == claim.id
-    query = select(func.count(Caption.image_id.distinct()), func.count(), func.count().filter(mine))
+    excluded = func.count().filter(Caption.excluded)
+    query = select(func.count(Caption.image_id.distinct()), func.count(), func.count().filter(mine), excluded)
     joined = (CaptionJobItem, CaptionJobItem.caption_id == Caption.id)
-    images, captions, written = session.execute(query.join(*joined).where(CaptionJobItem.job_id == claim.id)).one()
-    flags = select(func.unnest(Caption.flags).label("flag")).join(*joined).where(CaptionJobItem.job_id == claim.id)
-    each = flags.subquery().c.flag
+    counts = session.execute(query.join(*joined).where(CaptionJobItem.job_id == claim.id)).one()
+    images, captions, written, left_out = counts
+    flag = func.unnest(Caption.flags + CaptionJobItem.flags).label("flag")
+    each = select(flag).join(*joined).where(CaptionJobItem.job_id == claim.id).subquery().c.flag
     return {
         "images": images,
         "captions": captions,
         "written": written,
         "reused": captions - written,
+        "excluded": left_out,
         "flags": {flag: n for flag, n in session.execute(select(each, func.count()).group_by(each).order_by(each))},
     }
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
+from shared.datasets.classes import split_of
 from shared.datasets.paths import relative
 
 
@@ -11,6 +12,14 @@ class Target(NamedTuple):
     image_id: str
     path: str
     class_name: str
+    split: str
+
+
+class Match(NamedTuple):
+    """The image meant; several where the name is ambiguous; none where it is unknown. `exact`: by its whole path."""
+
+    images: Sequence[Target]
+    exact: bool = False
 
 
 class Matcher:
@@ -20,35 +29,40 @@ class Matcher:
         self._by_path = {image.path: image for image in images}
         self._classes = {image.class_name for image in self._by_path.values()}
 
-    def find(self, name: str, *, sidecar: bool = False) -> Sequence[Target]:
-        """The image meant; several where the name is ambiguous; none where it is unknown.
+    def find(self, name: str, *, sidecar: bool = False) -> Match:
+        """By the image's whole path; for a sidecar (`name` ends in `.txt`), the path without its extension; else by the
+        end of it.
 
-        In this order: the image's whole path; for a sidecar (`name` ends in `.txt`), the path without its extension;
-        the images with the same file name (or stem). Of those, folders that both paths name must agree: `cat/1.png`
-        is `train/cat/1.png` and not `train/dog/1.png`, even where it alone is called so.
+        A bare file name (or stem) is enough where it is unique. With folders, one path must be the end of the other:
+        `cat/1.png` is `train/cat/1.png`, never `dog/1.png`. What stands before the image's own path must be neutral:
+        `photos/cat/1.png` is `cat/1.png`, but `test/cat/1.png` is not where that belongs to `train`, and `dog/1.png` is
+        no `1.png` of class `cat`.
         """
         if sidecar:
             name = name[: -len(".txt")]
-        wanted = relative(name.strip())
-        if exact := self._by_path.get(relative(name)) or self._by_path.get(wanted):
-            return [exact]
+        wanted = _normal(name)
+        if whole := self._by_path.get(relative(name)) or self._by_path.get(wanted):
+            return Match([whole], exact=True)
         last = _file(wanted)
         if not sidecar:
-            return self._closest(wanted, self._names.get(last, []), str)
+            return Match(self._alike(wanted, self._names.get(last, []), str))
         stems = self._stems.get(last, [])
         if same := [image for image in stems if stem(image.path) == wanted]:
-            return same
+            return Match(same, exact=len(same) == 1)
         # "1.png.txt" beside "1.png", as some tools write it, or "1.txt"
-        return self._closest(wanted, self._names.get(last, []), str) or self._closest(wanted, stems, stem)
+        return Match(self._alike(wanted, self._names.get(last, []), str) or self._alike(wanted, stems, stem))
 
-    def _closest(self, wanted: str, images: Sequence[Target], form: Callable[[str], str]) -> Sequence[Target]:
-        folders = wanted.split("/")[:-1]
-        if not folders:
-            return images
-        if agreeing := [image for image in images if _end_alike(wanted, form(image.path))]:
-            return agreeing
-        classes = self._classes.intersection(folders)
-        return [image for image in images if not classes or image.class_name in classes]
+    def _alike(self, wanted: str, images: Sequence[Target], form: Callable[[str], str]) -> Sequence[Target]:
+        return [image for image in images if self._ends_alike(wanted, form(image.path), image)]
+
+    def _ends_alike(self, wanted: str, path: str, image: Target) -> bool:
+        if f"/{path}".endswith(f"/{wanted}"):
+            return True
+        if not wanted.endswith(f"/{path}"):
+            return False
+        before = wanted[: -len(path) - 1].split("/")
+        others = self._classes.intersection(before) - {image.class_name}
+        return not others and {split_of(folder) for folder in before} <= {None, image.split}
 
     @cached_property
     def _names(self) -> dict[str, list[Target]]:
@@ -65,6 +79,35 @@ class Matcher:
         return found
 
 
+class Claims:
+    """What the names of a whole file come to: all are added first, then looked up. An image goes to the name that is
+    its whole path; without one, to the only other name that means it; to none of several, which may be as many
+    different pictures elsewhere. Holds one name per image."""
+
+    def __init__(self, matcher: Matcher) -> None:
+        self._matcher = matcher
+        self._whole: set[str] = set()
+        self._by_end: dict[str, str | None] = {}  # None: several
+
+    def add(self, name: str, *, sidecar: bool = False) -> None:
+        images, exact = self._matcher.find(name, sidecar=sidecar)
+        if len(images) != 1:
+            return
+        id = images[0].image_id
+        if exact:
+            self._whole.add(id)
+        elif self._by_end.setdefault(id, _normal(name)) != _normal(name):
+            self._by_end[id] = None
+
+    def find(self, name: str, *, sidecar: bool = False) -> tuple[Sequence[Target], bool]:
+        """The images as `Matcher.find` has them, and whether this name may have the one that it means."""
+        images, exact = self._matcher.find(name, sidecar=sidecar)
+        if len(images) != 1:
+            return images, False
+        id = images[0].image_id
+        return images, exact or (id not in self._whole and self._by_end.get(id) is not None)
+
+
 def stem(path: str) -> str:
     """`cat/1.png` -> `cat/1`; a leading dot begins no extension."""
     folder, slash, file = path.rpartition("/")
@@ -75,6 +118,5 @@ def _file(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def _end_alike(a: str, b: str) -> bool:
-    """Whether one path is the end of the other."""
-    return f"/{a}".endswith(f"/{b}") or f"/{b}".endswith(f"/{a}")
+def _normal(name: str) -> str:
+    return relative(name.strip())

@@ -27,19 +27,21 @@ NAME_KEYS: Final = ("path", "file_name", "image")
 TEXT_KEYS: Final = ("caption", "captions", "text")
 _ARCHIVES: Final = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _MAGIC: Final = (b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
+_CELLS: Final = {"true": True, "false": False, "": None}  # of the column excluded
 _NO_TEXT: Final = re.compile("[\0\ud800-\udfff]")  # what PostgreSQL cannot hold, and bytes that are no UTF-8
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One caption. `where` in the file it stands, `name` the image as the file writes it; a sidecar's name ends in
-    `.txt`."""
+    `.txt`, and it cannot say that a caption is `excluded` from training."""
 
     where: str
     name: str
     text: str
     characteristic: str = IMPORTED
     sidecar: bool = False
+    excluded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ def _json(file: BinaryIO) -> Found:
         if key is None:
             yield from _record(where, value)
         else:
-            yield from _captions(where, key, value, None)
+            yield from _captions(where, key, value, {})
 
 
 def _jsonl(file: BinaryIO) -> Found:
@@ -145,17 +147,19 @@ def _csv(file: BinaryIO) -> Found:
     lines = _Lines(file)
     rows = _rows(lines)
     _, header = next(rows, ("", None))
-    name_at, text_at, characteristic_at, width = _columns(header or [])
+    columns = _columns(header or [])
     for where, values in rows:
         yield from lines.refusals()
         if values is None:
             yield Refused(where, "broken_csv", "The line is no valid CSV; look for an unclosed or a stray quote.")
-        elif len(values) != width:
-            message = f"{len(values)} values for {width} columns. Quote values that contain commas."
+        elif len(values) != len(columns):
+            message = f"{len(values)} values for {len(columns)} columns. Quote values that contain commas."
             yield Refused(where, "wrong_width", message)
         else:
-            characteristic = None if characteristic_at is None else values[characteristic_at]
-            yield _entry(where, values[name_at], values[text_at], characteristic)
+            row = dict(zip(columns, values, strict=True))
+            cell = row.get("excluded", "").strip().lower()
+            marks = {"characteristic": row.get("characteristic"), "excluded": _CELLS.get(cell, cell)}
+            yield _entry(where, row["name"], row["text"], marks)
     yield from lines.refusals()
 
 
@@ -175,8 +179,8 @@ def _rows(lines: "_Lines") -> Iterator[tuple[str, list[str] | None]]:
                 yield where, values
 
 
-def _columns(header: Sequence[str]) -> tuple[int, int, int | None, int]:
-    """Where the image's name, its caption and, if there, the characteristic stand; and how many columns there are."""
+def _columns(header: Sequence[str]) -> list[str]:
+    """What each column holds: "name", "text", "characteristic", "excluded", or its own name with a space before it."""
     names = [column.strip().lower() for column in header]
     name = next((key for key in NAME_KEYS if key in names), None)
     text = next((key for key in TEXT_KEYS if key in names), None)
@@ -185,12 +189,12 @@ def _columns(header: Sequence[str]) -> tuple[int, int, int | None, int]:
         hint = "separate the columns with commas" if semicolons else f"it has {listed(names)}"
         raise InvalidInput(
             "The CSV's first line must name a column file_name, path or image and a column caption or text, if wanted "
-            f"also characteristic; {hint}.",
+            f"also characteristic and excluded; {hint}.",
             code="missing_column",
             param="file",
         )
-    characteristic = names.index("characteristic") if "characteristic" in names else None
-    return names.index(name), names.index(text), characteristic, len(names)
+    known = {name: "name", text: "text", "characteristic": "characteristic", "excluded": "excluded"}
+    return [known.pop(column, f" {column}") for column in names]  # of two columns of one name the first counts
 
 
 class _Lines:
@@ -246,7 +250,7 @@ def _sidecars(path: Path) -> Found:
             yield Refused(member.path, "empty_caption", "The file holds no caption.")
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                yield _entry(f"{member.path}, line {number}", member.path, line, None, sidecar=True)
+                yield _entry(f"{member.path}, line {number}", member.path, line, {}, sidecar=True)
 
 
 def _record(where: str, value: Any) -> Found:
@@ -255,23 +259,27 @@ def _record(where: str, value: Any) -> Found:
         yield Refused(where, "not_a_record", "An object with file_name (or path, image) and caption is expected.")
         return
     name = next((value[key] for key in NAME_KEYS if isinstance(value.get(key), str)), None)
-    yield from _captions(where, name, _text_of(value), value.get("characteristic"))
+    yield from _captions(where, name, _text_of(value), value)
 
 
 def _text_of(record: Mapping[str, Any]) -> Any:
     return next((record[key] for key in TEXT_KEYS if record.get(key) is not None), None)
 
 
-def _captions(where: str, name: Any, value: Any, characteristic: Any) -> Found:
-    """A text, an object with one, or a list of either."""
+def _marks(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: record[key] for key in ("characteristic", "excluded") if key in record}
+
+
+def _captions(where: str, name: Any, value: Any, marks: Mapping[str, Any]) -> Found:
+    """A text, an object with one, or a list of either. Marks that an object lacks are those of what it stands in."""
     for each in value or [None] if isinstance(value, list) else [value]:
         if isinstance(each, dict):
-            yield _entry(where, name, _text_of(each), each.get("characteristic", characteristic))
+            yield _entry(where, name, _text_of(each), {**marks, **_marks(each)})
         else:
-            yield _entry(where, name, each, characteristic)
+            yield _entry(where, name, each, marks)
 
 
-def _entry(where: str, name: Any, text: Any, characteristic: Any, *, sidecar: bool = False) -> Entry | Refused:
+def _entry(where: str, name: Any, text: Any, marks: Mapping[str, Any], *, sidecar: bool = False) -> Entry | Refused:
     if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME or _NO_TEXT.search(name):
         return Refused(where, "bad_name", f"The image's name is missing, no text, or over {MAX_NAME:,} characters.")
     if text is None or (isinstance(text, str) and not text.strip()):
@@ -281,6 +289,7 @@ def _entry(where: str, name: Any, text: Any, characteristic: Any, *, sidecar: bo
     text = text.strip()
     if len(text) > MAX_CAPTION:
         return Refused(where, "caption_too_long", f"{name}: the caption has over {MAX_CAPTION:,} characters.")
+    characteristic = marks.get("characteristic")
     if characteristic is None or characteristic == "":
         characteristic = IMPORTED
     if (
@@ -290,4 +299,7 @@ def _entry(where: str, name: Any, text: Any, characteristic: Any, *, sidecar: bo
     ):
         message = f"{name}: the characteristic is no word of at most {MAX_CHARACTERISTIC} characters."
         return Refused(where, "bad_characteristic", message)
-    return Entry(where, name, text, characteristic.strip() or IMPORTED, sidecar)
+    excluded = marks.get("excluded")
+    if excluded is not None and not isinstance(excluded, bool):
+        return Refused(where, "bad_excluded", f"{name}: excluded is neither true nor false.")
+    return Entry(where, name, text, characteristic.strip() or IMPORTED, sidecar, bool(excluded))

@@ -24,6 +24,8 @@ from services.captioner.engines.hf_text import Stream, Transcript, opened_by, se
         ("hm, still", (), "<think>", "", False),
         ("<think>END</think>a dog END", ("END",), "", "a dog", True),
         ("I think <thin> lines", (), "", "I think <thin> lines", False),
+        ("<Think>hm</THINK>a dog", (), "", "a dog", False),
+        ("Is it?</think>\n\na dog", (), "", "a dog", False),
     ],
 )
 def test_what_a_caller_sees(raw: str, stop: tuple[str, ...], opened: str, text: str, stopped: bool) -> None:
@@ -36,6 +38,9 @@ def test_what_a_caller_sees(raw: str, stop: tuple[str, ...], opened: str, text: 
         ("a dog", (), "a dog"),
         ("a dog ", (), "a dog"),
         ("a dog <thi", (), "a dog"),
+        ("a dog <THI", (), "a dog"),
+        ("a dog </thi", (), "a dog"),
+        ("a dog </think> is", (), "a dog  is"),
         ("a dog <th ", (), "a dog <th"),
         ("a dog\ufffd\ufffd", (), "a dog"),
         ("a dog. EN", ("END",), "a dog."),
@@ -54,6 +59,7 @@ def test_what_may_yet_change_is_held_back(raw: str, stop: tuple[str, ...], certa
         ("assistant\n<think>\n", "<think>"),
         ("assistant\n<think>\n\n</think>\n\n", ""),
         ("say <think>\nassistant\n◁think▷", "◁think▷"),
+        ("assistant\n<THINK>\n", "<think>"),
     ],
 )
 def test_a_thought_that_the_prompt_begins(prompt: str, opened: str) -> None:
@@ -61,7 +67,10 @@ def test_a_thought_that_the_prompt_begins(prompt: str, opened: str) -> None:
 
 
 PIECES = st.sampled_from(
-    ["a", "b", " ", "\n", "é", "<", "<think>", "</think>", "thi", "nk>", "ab", "\ufffd", "◁think▷", "◁/think▷", "ba"]
+    [
+        *("a", "b", " ", "\n", "é", "<", "<think>", "</think>", "thi", "nk>", "ab", "\ufffd", "◁think▷", "◁/think▷"),
+        *("ba", "THI", "İ", "NK>", "</"),
+    ]
 )
 STOPS = st.lists(st.sampled_from(["ab", "b ", "\n", "aab", "<", "é", "nk>b"]), max_size=3).map(tuple)
 
@@ -74,9 +83,9 @@ def test_whatever_is_certain_stays_true(pieces: list[str], stop: tuple[str, ...]
         certain = settled(raw, stop, opened)
         assert certain.startswith(known)
         known = certain
-        if visible(raw, stop, opened)[1]:
+        if visible(raw, stop, opened, sent=True)[1]:
             break  # the row ends here
-    text, stopped = visible(raw, stop, opened)
+    text, stopped = visible(raw, stop, opened, sent=True)
     assert text.startswith(known)
     if not stopped:
         assert not any(string in text for string in stop)
@@ -123,6 +132,16 @@ def test_a_text_is_sent_as_it_is_written_in_whole_characters() -> None:
     assert not transcript.stopped
 
 
+def test_a_thought_without_a_beginning_goes_where_nothing_was_sent_of_it() -> None:
+    ids = [*BYTES.encode("hm</think> a dog"), END]
+    transcript, pieces = follow(ids)
+    assert ("".join(pieces), transcript.text()) == ("hm a dog", "hm a dog"), "what was sent cannot be taken back"
+    unsent = Transcript(BYTES, {END}, 1000, ("STOP",))
+    for token in ids:
+        unsent.add(token)
+    assert unsent.text() == "a dog"
+
+
 def test_a_row_ends_with_the_token_that_completes_a_stop_string() -> None:
     transcript, pieces = follow(BYTES.encode("a dog. STOP and more"), ("STOP",))
     assert "".join(pieces) == "a dog."
@@ -144,7 +163,7 @@ def test_a_row_ends_at_its_limit_its_end_token_or_where_the_model_failed() -> No
 def test_pieces_are_a_beginning_of_the_text_whatever_the_bytes(data: bytes, stop: tuple[str, ...]) -> None:
     ids = [token for byte in data for token in BYTES_OF[byte]]
     transcript, pieces = follow(ids, stop)
-    assert transcript.text() == visible(data[: transcript.tokens].decode(errors="replace"), stop)[0]
+    assert transcript.text() == visible(data[: transcript.tokens].decode(errors="replace"), stop, sent=True)[0]
     assert transcript.text().startswith("".join(pieces))
 
 

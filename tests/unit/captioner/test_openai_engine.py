@@ -17,12 +17,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import ValidationError
 
 from services.captioner import metrics
 from services.captioner.batcher import Batcher
 from services.captioner.engines import openai, openai_servers
 from services.captioner.engines.base import CaptionRequest, Generation
 from services.captioner.engines.openai import OpenAIEngine
+from services.captioner.settings import EngineSpec
 from shared.errors import CaptuneError, InvalidInput, Unavailable
 from tests.openai_engine import KEY, caption, make, many
 from tests.openai_server import (
@@ -334,6 +336,26 @@ def test_the_revision_tells_what_changes_captions_and_nothing_secret(server: Ope
     plain, told = make(server), make(server, revision="weights of 3 May", max_pixels=5000)
     assert plain.revision == "openai tiny max_pixels=1048576 openai1"
     assert told.revision == "openai tiny weights of 3 May max_pixels=5000 openai1"
+
+
+def test_what_the_operator_adds_goes_with_each_request_and_into_the_revision(server: OpenAIServer) -> None:
+    extra = {"chat_template_kwargs": {"enable_thinking": False}, "top_k": 1}
+    engine = make(server, extra_body=extra)
+    caption(engine, temperature=0.5)
+    caption(engine)
+    for seen in server.seen:
+        assert seen.body.items() >= extra.items()
+        assert seen.body["model"] == "tiny"
+    turned = make(server, extra_body=dict(reversed(extra.items())))
+    other = make(server, extra_body={"top_k": 2})
+    assert engine.revision == turned.revision != other.revision
+    assert engine.revision.startswith("openai tiny max_pixels=1048576 openai1 extra=")
+
+
+@pytest.mark.parametrize("field", ["model", "messages", "stream", "n", "temperature", "max_tokens"])
+def test_what_each_request_says_itself_cannot_be_added(field: str) -> None:
+    with pytest.raises(ValidationError, match=f"{field} cannot be set here"):
+        EngineSpec(type="openai", extra_body={"top_k": 1, field: 1})
 
 
 # The batcher, and anything at all

@@ -54,6 +54,16 @@ def test_any_answer_means_something(code: int, headers: dict[str, str], body: by
             assert trouble.retry_after is None or 0 <= trouble.retry_after <= 86400
 
 
+def test_an_endless_text_is_cut_once_its_thoughts_are_gone() -> None:
+    def reply(content: str) -> Reply | Trouble:
+        body = {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
+        return read_completion(200, {}, json.dumps(body).encode(), "tiny")
+
+    assert reply("<think>" + "hm " * 10_000 + "</think>A fox.") == Reply("A fox.", "stop", 0, 0)
+    assert reply("x" * 8_000) == Reply("x" * 8_000, "stop", 0, 0)
+    assert reply("x" * 1_000_000) == Reply("x" * 8_000, "length", 0, 0)
+
+
 @pytest.mark.parametrize(
     ("header", "seconds"),
     [

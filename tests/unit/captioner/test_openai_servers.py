@@ -73,6 +73,28 @@ def test_the_limit_halves_once_a_window_and_stays_within_bounds() -> None:
     assert server.limit == 16
 
 
+def test_a_lease_stays_what_it_was_granted_as() -> None:
+    """The waiter may wake up only after its server was set aside, and given to another to look at."""
+    servers = Servers("remote", {"http://a/v1": "a"}, 2)
+    [server] = servers.all
+    for _ in range(2):
+        servers.acquire(time.monotonic() + 1)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = []
+        for count in (1, 2):
+            waiting.append(pool.submit(servers.acquire, time.monotonic() + 5))
+            while len(servers._waiters) < count:
+                time.sleep(0.001)
+        with servers._lock:  # neither can wake up
+            for _ in range(2):
+                server.in_flight -= 1
+                servers._in_flight -= 1
+                servers._grant()
+                servers._set_aside(server, "broke")
+                server.rest_until = 0.0
+        assert [lease.result().probe for lease in waiting] == [False, True]
+
+
 def test_the_limit_falls_where_answers_become_far_slower(server: OpenAIServer) -> None:
     server.otherwise = after(0.005)
     engine = make(server, concurrency=8)

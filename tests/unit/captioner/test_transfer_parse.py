@@ -360,7 +360,10 @@ CAPTIONS = st.lists(st.tuples(TEXT.map(str.strip), st.sampled_from(["visual", "s
 
 def images(captions: list[list[tuple[str, str]]]) -> Iterator[Exported]:
     for i, each in enumerate(captions):
-        rows = [{"caption": t, "characteristic": c, "flags": ["duplicate", "empty"], "excluded": True} for t, c in each]
+        rows = [
+            {"caption": t, "characteristic": c, "flags": ["duplicate", "empty"], "excluded": c == "shape"}
+            for t, c in each
+        ]
         yield Exported(f"cat/{i}.png", f"cat/{i}.txt", rows)
 
 
@@ -379,8 +382,32 @@ def test_what_is_exported_is_imported_as_it_was(
     else:
         expected = [(f"cat/{i}.png", t, c) for i, each in enumerate(captions) for t, c in each]
     assert triples(found) == expected
+    excluded = [entry.excluded for entry in found if isinstance(entry, Entry)]
+    assert excluded == [format != "txt" and c == "shape" for each in captions for _, c in each]
     with path.open("rb") as file:
         assert guess(file, path.name) == format, "nor need its format be told"
+
+
+@pytest.mark.parametrize(
+    ("format", "content", "excluded"),
+    [
+        ("json", '{"1.png": [{"text": "a", "excluded": true}, {"text": "b", "excluded": null}, "c"]}', [1, 0, 0]),
+        ("json", '[{"path": "1.png", "caption": ["a", {"text": "b", "excluded": false}], "excluded": true}]', [1, 0]),
+        ("json", '{"1.png": [{"text": "a", "excluded": "true"}, {"text": "b", "excluded": 1}]}', []),
+        ("jsonl", '{"path": "1.png", "text": "a", "excluded": true}\n{"path": "1.png", "text": "b"}', [1, 0]),
+        ("csv", "path,Excluded,text\n1.png,TRUE,a\n1.png, false ,b\n1.png,,c\n1.png,maybe,d\n", [1, 0, 0]),
+    ],
+)
+def test_what_is_excluded_is_true_or_false(
+    parsed: Read, format: TransferFormat, content: str, excluded: list[int]
+) -> None:
+    found = parsed(format, content)
+    assert [entry.excluded for entry in found if isinstance(entry, Entry)] == [bool(each) for each in excluded]
+    assert {code for _, code in codes(found)} <= {"bad_excluded"}
+
+
+def test_of_two_columns_of_one_name_the_first_counts(parsed: Read) -> None:
+    assert triples(parsed("csv", "path,text,text,x,x\n1.png,a,b,c,d\n")) == [("1.png", "a", "imported")]
 
 
 def test_an_export_of_nothing_is_still_of_its_format() -> None:

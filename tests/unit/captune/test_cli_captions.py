@@ -1,12 +1,16 @@
 """What the caption commands make of their options, before any server is asked."""
 
 import json
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from captune import cli, cli_captions
+from shared.schemas.captions import CaptionJobRequest
 
 
 def parsed(*arguments: str) -> Any:
@@ -29,6 +33,7 @@ def test_every_option_reaches_its_field() -> None:
         *("--words", "20", "--domain", "pets", "--split", "val", "--overwrite", "--agreement"),
         *("--clip-model", "ViT-B-32/openai", "--shear-tokens", "40"),
         *("--redo", "cap_1", "--redo-flag", "refusal", "--redo-class", "cat", "--redo-caption", "cpt_1"),
+        *("--redo-excluded", "--reasks", "0", "--language", "any"),
     )
     assert found == {
         "dataset_id": "ds_1",
@@ -47,8 +52,34 @@ def test_every_option_reaches_its_field() -> None:
         "agreement": True,
         "clip_model": "ViT-B-32/openai",
         "shear_tokens": 40,
-        "redo": {"caption_job_id": "cap_1", "caption_ids": ["cpt_1"], "class_name": "cat", "flag": "refusal"},
+        "reasks": 0,
+        "language": None,
+        "redo": {
+            **{"caption_job_id": "cap_1", "caption_ids": ["cpt_1"], "class_name": "cat", "flag": "refusal"},
+            "excluded": True,
+        },
     }
+    CaptionJobRequest.model_validate(found)
+    assert request("--language", "en")["language"] == "en"
+
+
+def test_captions_are_listed_by_whether_they_have_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Empty(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"object": "list", "data": [], "has_more": false, "last_id": null}')
+
+    with HTTPServer(("127.0.0.1", 0), Empty) as server:
+        Thread(target=server.handle_request).start()
+        monkeypatch.setenv("CAPTUNE_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("CAPTUNE_API_KEY", "key")
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(["captions", "list", "ds_1", "--flagged", "none"])
+    assert parse_qs(urlsplit(asked[0]).query)["flagged"] == ["none"]
 
 
 def test_templates_alone_replace_the_default_characteristics() -> None:
@@ -62,6 +93,9 @@ def test_templates_alone_replace_the_default_characteristics() -> None:
         (["caption", "ds_1", "--template", "no text"], "'no text' is not NAME=TEXT"),
         (["caption", "ds_1", "--redo-flag", "ugly"], "invalid choice: 'ugly'"),
         (["caption", "ds_1", "--redo-flag", "empty"], "select among the captions of --redo"),
+        (["caption", "ds_1", "--redo-excluded"], "select among the captions of --redo"),
+        (["caption", "ds_1", "--reasks", "3"], "invalid choice: 3"),
+        (["captions", "list", "ds_1", "--flagged", "some"], "invalid choice: 'some'"),
         (["caption", "ds_1", "--live"], "--live captions one image of a --dry-run"),
         (["captions", "export", "cap_1", "captions.xls"], "'captions.xls' does not say its format"),
         (["captions", "import", "ds_1", "."], "is a folder; pack its .txt files"),

@@ -1,6 +1,8 @@
 """What stays of a model's answer."""
 
 import re
+import string
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -42,6 +44,7 @@ answers = st.text() | st.lists(PIECES, max_size=25).map("".join)
         ("A **golden** retriever with a *long* `coat`", "A golden retriever with a long coat."),
         ("**Coat:** short\n**Eyes:** green", "Coat: short. Eyes: green."),
         ("the _very_ long snake_case __stays__", "The very long snake_case stays."),
+        ("a ___ cat _sits", "A ___ cat sits."),
         ("# Visual traits\n- long coat\n\u2022 floppy ears\n\n1. Brown nose\n2) wet eyes",
          "Visual traits. Long coat. Floppy ears. Brown nose. Wet eyes."),
         ("a sentence\nthat wraps\n\nAnother paragraph", "A sentence that wraps. Another paragraph."),
@@ -128,6 +131,26 @@ def test_cleaning_twice_is_cleaning_once(raw: str) -> None:
     assert not text[-1:].isalpha()
     text.encode()
     assert "\x00" not in text
+
+
+@pytest.mark.parametrize(
+    "letter",
+    sorted({*string.punctuation, *" \t\n\x01a7_", *"\u2022\u2013\u2018\u2019\u201c\u201d\u2026\u3002\u00e9\u65e5"}),
+)
+def test_a_letter_over_and_over_takes_no_longer_than_the_text_is_long(letter: str) -> None:
+    began = time.process_time()
+    for before, after in (("", ""), ("x", "y"), ("[", ""), ("```", "x"), ("|a|", "|x")):
+        clean(before + letter * 40_000 + after)
+    assert time.process_time() - began < 3
+
+
+@pytest.mark.parametrize(
+    "piece", ["_a ", "[a](", "![a]", "- ", "> ", "<p ", "1. ", "# ", "|a", "** ", "`a ", "(", "]("]
+)
+def test_markup_over_and_over_takes_no_longer_than_the_text_is_long(piece: str) -> None:
+    began = time.process_time()
+    clean(piece * (40_000 // len(piece)))
+    assert time.process_time() - began < 2
 
 
 words = st.sampled_from(["soft", "coat", "two", "ears", "near", "its", "Nose", "3", "paws"])

@@ -1,12 +1,13 @@
 """From an answer to a caption within the budget of a CLIP."""
 
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.captioner.quality.inspect import FEWEST_WORDS, Inspector
+from services.captioner.quality.inspect import FEWEST_WORDS, MAX_RAW, Inspector
 from shared.clip_tokens import token_counter
 from shared.errors import InvalidInput
 from shared.templates import prefixed
@@ -119,6 +120,21 @@ def test_an_edit_is_kept_as_it_is_but_measured_and_flagged() -> None:
     assert found.clip_tokens == tokens(found.text)
     assert found.flags == ["over_budget", "repetition", "names_other_class"]
     assert not found.trimmed
+
+
+@pytest.mark.parametrize("piece", ["Caption: ", "A cat. ", "cat ", "a b c d e f g ", "'\u2018"])
+def test_of_an_endless_answer_the_beginning_is_read(piece: str) -> None:
+    raw = piece * (1_000_000 // len(piece))
+    began = time.process_time()
+    assert len(INSPECTOR.measure(raw, "cat").text) <= MAX_RAW + 1
+    found = INSPECTOR.finish(raw, "cat")
+    assert time.process_time() - began < 5
+    assert len(found.text) <= MAX_RAW + 1
+    assert found.trimmed
+
+
+def test_a_cut_answer_ends_with_a_whole_sentence() -> None:
+    assert INSPECTOR.finish("A cat. It is lo" + " " * MAX_RAW + "ng.", "cat").text == "A cat."
 
 
 def test_any_language_where_none_is_asked_for() -> None:

@@ -1,5 +1,7 @@
 """Shortening, with words as the measure of length."""
 
+import time
+import tracemalloc
 from collections.abc import Callable
 
 import pytest
@@ -33,6 +35,29 @@ def test_sentences_end_at_full_stops_that_end_them() -> None:
 def test_trimming_keeps_the_most_whole_sentences_and_always_the_first(words: int, kept: str) -> None:
     assert trim(TEXT, at_most(words)) == kept
     assert trim("no sentence at all", at_most(words)) == "no sentence at all"
+
+
+def test_a_long_text_is_trimmed_in_a_few_looks_and_little_memory() -> None:
+    text, looks = "Ab cd. " * 20_000, []
+
+    def fits(part: str) -> bool:
+        looks.append(len(part))
+        return len(part) < 300
+
+    tracemalloc.start()
+    try:
+        assert trim(text, fits) == ("Ab cd. " * 42).strip()
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+    assert len(looks) < 20
+
+
+@pytest.mark.parametrize("text", ["x" + "." * 40_000 + "y", ".'" * 20_000 + "y", "\u3002 x" * 10_000, "a. " * 10_000])
+def test_finding_sentences_takes_no_longer_than_the_text_is_long(text: str) -> None:
+    began = time.process_time()
+    sentence_ends(text)
+    assert time.process_time() - began < 2
 
 
 def test_shearing_ends_at_a_sentence_that_keeps_half_else_at_a_word() -> None:
