@@ -24,9 +24,9 @@ from typing import Any, Self
 from sqlalchemy import text
 
 from captune.tables import table
-from services.captioner import captioning
+from services.captioner.captioning import job as caption_job
+from services.captioner.captioning.remote import Reply
 from services.captioner.quality.passes import mark_duplicates
-from services.captioner.remote import Reply
 from services.captioner.settings import CaptionWorkerSettings
 from services.embedded.servers import start_postgres, start_valkey
 from shared.config import CoreSettings
@@ -90,7 +90,7 @@ clock = Clock()
 
 def task(claim: Claim) -> Finish:
     clock.began = time.monotonic()
-    return captioning.caption(claim, SETTINGS, NullCaptioner)
+    return caption_job.caption(claim, SETTINGS, NullCaptioner)
 
 
 def timed_pass(claim: Claim, job_id: str) -> dict[str, int]:
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20_000, help="of the larger job (default: 20000)")
     images = parser.parse_args().images
     job_worker.TASKS["caption"] = f"{__name__}:task"
-    setattr(captioning, "mark_duplicates", timed_pass)  # noqa: B010
+    setattr(caption_job, "mark_duplicates", timed_pass)  # noqa: B010
     rows = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -25,10 +25,10 @@ from random_mllm import SHAPES, write
 
 from captune.client import Client
 from captune.tables import table
-from services.captioner.batcher import Batcher
 from services.captioner.engines import build
 from services.captioner.engines.base import CaptionRequest
 from services.captioner.prompts import render
+from services.captioner.serving.batcher import Batcher
 from services.captioner.settings import EngineSpec
 from services.embedded.stack import Stack
 from shared.schemas.captions import BuiltIn

@@ -7,9 +7,10 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from services.captioner import chat, routes
-from services.captioner.batcher import Batcher
+from services.captioner import routes
 from services.captioner.engines import build
+from services.captioner.serving import chat
+from services.captioner.serving.batcher import Batcher
 from services.captioner.settings import CaptionerSettings
 from shared.config import CoreSettings
 from shared.core import Core

@@ -38,7 +38,7 @@ FIRST_DELAY = 5.0  # seconds before a failed attempt is repeated; four times as 
 
 TASKS = {
     "ingest": "services.captioner.ingest:ingest",
-    "caption": "services.captioner.captioning:caption",
+    "caption": "services.captioner.captioning.job:caption",
     "fine_tune": "services.trainer.tasks:fine_tune",
     "evaluate": "services.evaluator.tasks:evaluate",
 }

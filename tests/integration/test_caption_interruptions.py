@@ -11,8 +11,8 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from services.captioner import flow
-from services.captioner.writing import write
+from services.captioner.captioning import flow
+from services.captioner.captioning.writing import write
 from shared.core import Core
 from shared.db.models import Caption
 from shared.jobs.worker import Runner

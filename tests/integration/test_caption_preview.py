@@ -8,9 +8,9 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import func, select
 
-from services.captioner.batcher import Batcher
+from services.captioner.captioning.planning import asks
 from services.captioner.engines import build
-from services.captioner.planning import asks
+from services.captioner.serving.batcher import Batcher
 from services.captioner.settings import EngineSpec
 from shared.auth import create_key
 from shared.clip_tokens import token_counter

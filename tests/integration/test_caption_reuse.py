@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from services.captioner import captioning
-from services.captioner.planning import check_redo
+from services.captioner.captioning import job as caption_job_module
+from services.captioner.captioning.planning import check_redo
 from shared.auth import Principal
 from shared.clip_tokens import TokenCounter, token_counter
 from shared.core import Core
@@ -156,7 +156,7 @@ def test_a_longer_clip_gets_the_longer_answer(
         found = token_counter(model, *where)
         return replace(found, context_length=248) if model == longer else found
 
-    monkeypatch.setattr(captioning, "token_counter", counter)
+    monkeypatch.setattr(caption_job_module, "token_counter", counter)
     server.answer = too_long_at_first
     dataset_id = add_dataset(core, images=1)
     caption_all(core, dataset_id)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from services.captioner.planning import to_redo
+from services.captioner.captioning.planning import to_redo
+from services.captioner.captioning.writing import forget_comparisons, write
 from services.captioner.quality import agreement, passes
 from services.captioner.quality.passes import mark_duplicates, measure_agreement
-from services.captioner.writing import forget_comparisons, write
 from shared.core import Core
 from shared.db.models import Caption, CaptionJobItem, Image
 from shared.jobs import LeaseLost, ledger

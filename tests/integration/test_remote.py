@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from services.captioner import remote
-from services.captioner.remote import ENGINE_TRIES, TRIES, Captioner, Reply, encode_picture
+from services.captioner.captioning import remote
+from services.captioner.captioning.remote import ENGINE_TRIES, TRIES, Captioner, Reply, encode_picture
 from services.captioner.settings import CaptionerSettings, CaptionWorkerSettings
 from shared.errors import InvalidInput, Unavailable
 from tests.integration.captioner_server import Answer, Asked, CaptionerServer, captioner_server

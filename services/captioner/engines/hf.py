@@ -32,7 +32,7 @@ from shared.errors import CaptuneError, InvalidInput, Unavailable
 logger = logging.getLogger(__name__)
 
 #: Raise when a change of the hf*.py files changes what comes out for the same weights and request.
-CODE_VERSION = "hf2"
+CODE_VERSION = "hf3"
 
 _MEMORY_WORDS = ("out of memory", "alloc_failed", "can't allocate memory")  # CUDA, MPS; cuBLAS, cuDNN; the CPU
 _SMALLER_FOR_S = 600.0  # for so long a batch size that did not fit is not tried again: others may share the device

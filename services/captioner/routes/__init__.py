@@ -1,4 +1,4 @@
-"""The captioner's REST routes; chat completions, in OpenAI's shape, are in services/captioner/chat.py."""
+"""The captioner's REST routes; chat completions, in OpenAI's shape, are in services/captioner/serving/chat.py."""
 
 from fastapi import APIRouter
 

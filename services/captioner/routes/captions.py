@@ -8,8 +8,8 @@ from fastapi import APIRouter, Depends, Header, Query, Response
 from sqlalchemy import ColumnElement, Select, func, literal_column, select
 from sqlalchemy.orm import Session
 
+from services.captioner.captioning.writing import forget_comparisons
 from services.captioner.quality.inspect import Inspected, Inspector
-from services.captioner.writing import forget_comparisons
 from shared.auth import Principal, Reader, Writer
 from shared.clip_tokens import token_counter
 from shared.core import Core

@@ -8,12 +8,12 @@ from fastapi.concurrency import run_in_threadpool
 from PIL import Image as Picture
 from sqlalchemy import select
 
-from services.captioner import planning
-from services.captioner.batcher import Batcher
+from services.captioner.captioning import planning
+from services.captioner.captioning.reuse import Surveyor
 from services.captioner.engines.base import CaptionRequest, Generation, fit
 from services.captioner.quality.inspect import Inspector
-from services.captioner.reuse import Surveyor
 from services.captioner.routes.submission import resolve
+from services.captioner.serving.batcher import Batcher
 from shared.auth import Principal
 from shared.clip_tokens import token_counter
 from shared.core import Core

@@ -8,10 +8,10 @@ from pydantic import ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from services.captioner.batcher import Batcher
-from services.captioner.planning import check_redo
+from services.captioner.captioning.planning import check_redo
 from services.captioner.prompts import check_template
 from services.captioner.quality.inspect import Inspector
+from services.captioner.serving.batcher import Batcher
 from shared.auth import Principal
 from shared.clip_tokens import published, token_counter
 from shared.config import CoreSettings

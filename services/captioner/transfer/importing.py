@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from services.captioner import writing
+from services.captioner.captioning import writing
 from services.captioner.quality.inspect import Inspector
 from services.captioner.quality.passes import mark_duplicates
 from services.captioner.transfer.matching import Claims, Matcher, Target
@@ -114,9 +114,8 @@ def import_captions(claim: Claim) -> Finish:
         mark_duplicates(claim, claim.id)
 
     def finish(session: Session) -> dict[str, Any]:
-        return (
-            _counts(session, claim) | survey.as_dict() | {"reasked": 0, "trimmed": 0, "captioner": _captioner(request)}
-        )
+        found = _counts(session, claim) | survey.as_dict()
+        return found | {"reasked": 0, "trimmed": 0, "budget": counter.context_length, "captioner": _captioner(request)}
 
     return finish
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from services.captioner import batcher as batcher_module
-from services.captioner.batcher import Batcher
-from services.captioner.buckets import Item
 from services.captioner.engines.base import CaptionRequest, Generation
+from services.captioner.serving import batcher as batcher_module
+from services.captioner.serving.batcher import Batcher
+from services.captioner.serving.buckets import Item
 from shared.errors import CaptuneError, InvalidInput, TooBusy, Unavailable
-from tests.unit.captioner.echo import Echo, request, serving, submit_all, wait_for
+from tests.unit.captioner.serving.echo import Echo, request, serving, submit_all, wait_for
 
 
 @pytest.fixture

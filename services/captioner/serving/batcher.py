@@ -13,10 +13,10 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from services.captioner import metrics
-from services.captioner.buckets import Item
 from services.captioner.engines.base import CaptionRequest, Engine, Generation
-from services.captioner.pipeline import Pipeline
-from services.captioner.rate import Meter, Rate, warm_up
+from services.captioner.serving.buckets import Item
+from services.captioner.serving.pipeline import Pipeline
+from services.captioner.serving.rate import Meter, Rate, warm_up
 from shared.errors import CaptuneError, TooBusy, Unavailable
 
 logger = logging.getLogger(__name__)

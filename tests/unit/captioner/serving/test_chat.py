@@ -14,9 +14,9 @@ import pytest
 from fastapi import FastAPI
 from PIL import Image
 
-from services.captioner.batcher import Batcher
-from services.captioner.chat import router
 from services.captioner.engines.base import CaptionRequest, Engine, Generation
+from services.captioner.serving.batcher import Batcher
+from services.captioner.serving.chat import router
 from services.captioner.settings import CaptionerSettings, EngineSpec
 from shared.auth import Principal, authenticate
 

@@ -12,9 +12,9 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from services.captioner.batcher import Batcher
 from services.captioner.engines.base import CaptionRequest, Generation
-from services.captioner.openai_schema import ChatCompletionChunk, ChunkChoice, Delta, Usage, error_response
+from services.captioner.serving.batcher import Batcher
+from services.captioner.serving.openai_schema import ChatCompletionChunk, ChunkChoice, Delta, Usage, error_response
 from shared.errors import CaptuneError
 
 logger = logging.getLogger(__name__)

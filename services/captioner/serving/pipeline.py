@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any
 
 from services.captioner import metrics
-from services.captioner.buckets import Buckets, Item, Waiting
 from services.captioner.engines.base import Engine
-from services.captioner.rate import Meter
+from services.captioner.serving.buckets import Buckets, Item, Waiting
+from services.captioner.serving.rate import Meter
 from shared.errors import CaptuneError, Unavailable
 
 logger = logging.getLogger(__name__)

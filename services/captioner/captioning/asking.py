@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from services.captioner.inspecting import Inspecting
-from services.captioner.planning import Wanted, generation, metadata
+from services.captioner.captioning.inspecting import Inspecting
+from services.captioner.captioning.planning import Wanted, generation, metadata
+from services.captioner.captioning.remote import CaptionClient, Reply
+from services.captioner.captioning.reuse import Answer
+from services.captioner.captioning.writing import Row
 from services.captioner.prompts import characteristic_name, render_shorter
 from services.captioner.quality.inspect import FEWEST_WORDS, Inspected, Inspector
-from services.captioner.remote import CaptionClient, Reply
-from services.captioner.reuse import Answer
-from services.captioner.writing import Row
 from shared.errors import InvalidInput
 from shared.ids import new_id
 from shared.schemas.captions import CaptionJobRequest

@@ -16,14 +16,14 @@ from openai import OpenAI
 from openai.types.chat import ChatCompletion
 from PIL import Image
 
-from services.captioner.batcher import Batcher
-from services.captioner.chat import router
 from services.captioner.engines import build
 from services.captioner.engines.base import CaptionRequest, Engine, Generation
+from services.captioner.serving.batcher import Batcher
+from services.captioner.serving.chat import router
 from services.captioner.settings import CaptionerSettings, EngineSpec
 from shared.auth import Principal, authenticate
 from tests import tiny_mllm
-from tests.unit.captioner.echo import wait_for
+from tests.unit.captioner.serving.echo import wait_for
 
 
 class Talker(Engine):

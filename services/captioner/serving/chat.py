@@ -12,11 +12,11 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Path, Request, Response
 
-from services.captioner.batcher import Batcher
-from services.captioner.chat_request import to_caption_requests
-from services.captioner.chat_stream import EventStream, Samples, cut, disconnected, usage_of
 from services.captioner.engines.base import CaptionRequest, Generation
-from services.captioner.openai_schema import (
+from services.captioner.serving.batcher import Batcher
+from services.captioner.serving.chat_request import to_caption_requests
+from services.captioner.serving.chat_stream import EventStream, Samples, cut, disconnected, usage_of
+from services.captioner.serving.openai_schema import (
     ChatCompletion,
     ChatRequest,
     Choice,

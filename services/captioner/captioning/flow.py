@@ -17,11 +17,11 @@ from io import BytesIO
 
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from services.captioner.asking import Asker
-from services.captioner.planning import PAGE, Picture, Selection, Wanted, image_pages
-from services.captioner.remote import encode_picture
-from services.captioner.reuse import Answer, Survey, Surveyor
-from services.captioner.writing import Row, write
+from services.captioner.captioning.asking import Asker
+from services.captioner.captioning.planning import PAGE, Picture, Selection, Wanted, image_pages
+from services.captioner.captioning.remote import encode_picture
+from services.captioner.captioning.reuse import Answer, Survey, Surveyor
+from services.captioner.captioning.writing import Row, write
 from shared.datasets.images import decode
 from shared.errors import CaptuneError, InvalidInput, NotFound
 from shared.jobs import Interrupted, LeaseLost

@@ -13,8 +13,8 @@ from typing import Any, Protocol, Self, TypeVar
 
 import httpx
 
+from services.captioner.captioning.slots import Slots
 from services.captioner.settings import CaptionWorkerSettings
-from services.captioner.slots import Slots
 from shared.errors import CaptuneError, InvalidInput, Unavailable
 
 REFUSALS = (400, 413, 422)  # of this very request; any other failure says something of the server

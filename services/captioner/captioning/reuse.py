@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from services.captioner.planning import ASKED, Picture, Wanted, asks, to_redo
+from services.captioner.captioning.planning import ASKED, Picture, Wanted, asks, to_redo
 from shared.db.models import Caption, CaptionJobItem
 from shared.schemas.captions import CaptionJobRequest, Redo
 from shared.templates import display_name

@@ -1,7 +1,7 @@
 """The caption job: every image of a selection, one call per characteristic and sample, written in batches. Repeating
 any step is harmless: a caption is unique by (image, key), and what the job has already it does not ask for again.
 
-    captioning (this) -> flow -> planning, reuse (what to ask) -> asking -> remote (the captioner) ; writing (the rows)
+    job (this) -> flow -> planning, reuse (what to ask) -> asking -> remote (the captioner) ; writing (the rows)
 """
 
 import asyncio
@@ -11,16 +11,16 @@ from typing import Any
 from sqlalchemy import Integer, cast, func, select
 from sqlalchemy.orm import Session
 
-from services.captioner.asking import Asker
-from services.captioner.flow import Flow, Outcome, watched
-from services.captioner.planning import Selection, count_images, select_images, take_over
+from services.captioner.captioning.asking import Asker
+from services.captioner.captioning.flow import Flow, Outcome, watched
+from services.captioner.captioning.planning import Selection, count_images, select_images, take_over
+from services.captioner.captioning.remote import CaptionClient, Captioner
+from services.captioner.captioning.reuse import Surveyor
+from services.captioner.captioning.writing import unlink_other_revisions
 from services.captioner.quality.inspect import Inspector
 from services.captioner.quality.passes import mark_duplicates, measure_agreement
-from services.captioner.remote import CaptionClient, Captioner
-from services.captioner.reuse import Surveyor
 from services.captioner.settings import CaptionWorkerSettings
 from services.captioner.transfer.importing import import_captions
-from services.captioner.writing import unlink_other_revisions
 from shared.clip_tokens import token_counter
 from shared.datasets.lookup import display_names
 from shared.db.models import Caption, CaptionJobItem, Dataset

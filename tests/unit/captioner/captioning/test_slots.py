@@ -5,8 +5,8 @@ from contextlib import suppress
 
 import pytest
 
-from services.captioner import slots
-from services.captioner.slots import Slots
+from services.captioner.captioning import slots
+from services.captioner.captioning.slots import Slots
 
 
 def test_no_more_than_the_limit_in_order() -> None:

@@ -20,10 +20,10 @@ from PIL import Image
 from pydantic import ValidationError
 
 from services.captioner import metrics
-from services.captioner.batcher import Batcher
 from services.captioner.engines import openai, openai_servers
 from services.captioner.engines.base import CaptionRequest, Generation
 from services.captioner.engines.openai import OpenAIEngine
+from services.captioner.serving.batcher import Batcher
 from services.captioner.settings import EngineSpec
 from shared.errors import CaptuneError, InvalidInput, Unavailable
 from tests.openai_engine import KEY, caption, make, many

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from services.captioner.buckets import Buckets, Item, Waiting
 from services.captioner.engines.base import CaptionRequest
+from services.captioner.serving.buckets import Buckets, Item, Waiting
 
 BUSY_UNTIL = 1000.0  # the device has just become free: what was ready before goes at once
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from PIL import Image
 
 from services.captioner.engines.base import CaptionRequest, fit
-from services.captioner.openai_schema import ChatRequest, ImagePart
+from services.captioner.serving.openai_schema import ChatRequest, ImagePart
 from services.captioner.settings import CaptionerSettings
 from shared.datasets.images import decode
 from shared.errors import InvalidInput, TooLarge

@@ -7,8 +7,8 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from services.captioner.batcher import Batcher
 from services.captioner.engines.base import CaptionRequest, Engine, Generation
+from services.captioner.serving.batcher import Batcher
 from services.captioner.settings import EngineSpec
 from shared.errors import InvalidInput
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from services.captioner.batcher import Batcher
 from services.captioner.engines.base import CaptionRequest, Generation
+from services.captioner.serving.batcher import Batcher
 from shared.errors import CaptuneError
-from tests.unit.captioner.echo import Echo, request, serving, submit_all, wait_for
+from tests.unit.captioner.serving.echo import Echo, request, serving, submit_all, wait_for
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from services.captioner import rate
 from services.captioner.engines.base import CaptionRequest, Generation
-from services.captioner.rate import Meter, warm_up
+from services.captioner.serving import rate
+from services.captioner.serving.rate import Meter, warm_up
 from shared.errors import CaptuneError, InvalidInput, Unavailable
-from tests.unit.captioner.echo import Echo
+from tests.unit.captioner.serving.echo import Echo
 
 
 class Clock:

@@ -1,0 +1,1 @@
+"""A caption model behind HTTP: chat -> batcher -> pipeline (threads) -> an engine."""
