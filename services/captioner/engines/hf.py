@@ -8,7 +8,6 @@ batch that does not fit in memory is halved, and a row that comes to nothing is 
 import copy
 import gc
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -21,9 +20,10 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from services.captioner import metrics
-from services.captioner.engines import hf_batching, hf_loading, hf_prefix
+from services.captioner.engines import hf_batching, hf_loading
 from services.captioner.engines.base import CaptionRequest, Engine, FinishReason, Generation, fit
 from services.captioner.engines.hf_batching import Prepared
+from services.captioner.engines.hf_prefix import Beginnings
 from services.captioner.engines.hf_sampling import RowLimits, RowSampler, RowWatch
 from services.captioner.engines.hf_text import Stream, Transcript, opened_by, visible
 from services.captioner.engines.hf_vision import VisionReuse, picture_key, unit_keys
@@ -84,9 +84,6 @@ class HFEngine(Engine):
         self._end_ids = _ids(shipped.eos_token_id) | _ids(tokenizer.eos_token_id)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._end_ids)
         self._pad_id = int(pad)
-        # A sliding window counts columns, so padding inside a row would push real tokens out of it.
-        window = getattr(self._model.config.get_text_config(), "sliding_window", None)
-        self._window: float = math.inf if window is None else window
         self._image_id = getattr(self._model.config, "image_token_id", None)
         # The checkpoint's own sampling defaults (temperature, top-k, top-p) must not override a request's.
         self._model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -228,7 +225,8 @@ class HFEngine(Engine):
 
     def _batch(self, prepared: Sequence[Prepared]) -> list[Raw]:
         with torch.inference_mode():
-            inputs = self._begun(prepared) or self._whole(prepared)
+            begun = self._beginnings.inputs(prepared) if self._beginnings else None
+            inputs = begun or self._whole(prepared)
         hf_batching.assert_left_padded(inputs)
         requests, width = [item.request for item in prepared], inputs["input_ids"].shape[1]
         limits = torch.tensor([request.max_tokens for request in requests], device=self._device)
@@ -256,21 +254,6 @@ class HFEngine(Engine):
     def _whole(self, prepared: Sequence[Prepared]) -> dict[str, Any]:
         """What `generate` takes: all of every prompt, (B, L), and the pictures."""
         return self._placed(self._collate(prepared))
-
-    def _begun(self, prepared: Sequence[Prepared]) -> dict[str, Any] | None:
-        """The same as ids, mask and a cache of what the prompts have in common; None where they have too little."""
-        unnamed = any(item.request.images and not item.image_keys for item in prepared)
-        if not self._shares_beginnings or self._image_id is None or unnamed:
-            return None
-        ids = [item.tensors["input_ids"][0].tolist() for item in prepared]
-        made = hf_prefix.plan(ids, [item.image_keys for item in prepared], self._image_id)
-        if made is None or made.columns(ids) + max(item.request.max_tokens for item in prepared) > self._window:
-            return None
-        with self._looking([prepared[row] for row in made.representatives]):
-            cache = hf_prefix.prefill(
-                self._model, self._placed(hf_prefix.beginnings(prepared, made, self._pad_id)), made
-            )
-        return {**self._placed(hf_prefix.whole_rows(prepared, made, self._pad_id)), "past_key_values": cache}
 
     def _looking(self, prepared: Sequence[Prepared]) -> AbstractContextManager[None]:
         """Inside, a picture of these requests passes the vision tower once, where the model allows it."""
@@ -379,26 +362,10 @@ class HFEngine(Engine):
             self._assert_compiles(items)
         keys = [key for item in items for key in item.image_keys]
         self._vision = VisionReuse.probe(self._model, self._whole(items), keys, name=self.name)
-        self._shares_beginnings = self._collate == self._join and self._begins_as_whole(items)
-
-    def _begins_as_whole(self, items: Sequence[Prepared]) -> bool:
-        """Whether going on from a common beginning gives what whole prompts give."""
-        self._shares_beginnings = True
-        try:
-            with torch.inference_mode():
-                shared = self._begun(items)
-                reason = (
-                    "nothing to share"
-                    if shared is None
-                    else hf_prefix.difference(self._model, self._whole(items), shared)
-                )
-        except Exception as error:  # as above: architectures fail in ways of their own
-            reason = f"{type(error).__name__}: {error}"
-        if reason:
-            logger.warning("engine %s: every prompt is read from its beginning (%s)", self.name, reason)
-            return False
-        logger.info("engine %s: the prompts of a picture share what they begin with", self.name)
-        return True
+        self._beginnings = None
+        if self._collate == self._join:
+            how = {"pad_id": self._pad_id, "place": self._placed, "looking": self._looking}
+            self._beginnings = Beginnings.probe(self._model, items, self._whole(items), name=self.name, **how)
 
     def _assert_compiles(self, items: Sequence[Prepared]) -> None:
         """The compiler starts with the first call: better at loading than at the first request."""

@@ -8,15 +8,20 @@ both. What differs is the order of floating-point sums, nothing else.
     columns:   padding | beginning | padding | end        the mask is 0 where there is padding
 """
 
+import logging
+import math
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import DynamicCache
 
 from services.captioner.engines.hf_batching import Prepared, join
+
+logger = logging.getLogger(__name__)
 
 #: The two ways sum in another order: by this much of the scores' norm they may differ, more at 16 bits.
 _TOLERANCE, _TOLERANCE_16_BITS = 1e-3, 0.1
@@ -35,6 +40,56 @@ class Plan:
     def columns(self, ids: Sequence[Sequence[int]]) -> int:
         """Of the batch, the padding inside its rows included."""
         return max(self.cuts) + max(len(tokens) - cut for tokens, cut in zip(ids, self.cuts, strict=True))
+
+
+class Beginnings:
+    """Made by `probe`. `place` moves tensors to the device; inside `looking(requests)` pictures are encoded once."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        pad_id: int,
+        place: Callable[[Mapping[str, torch.Tensor]], dict[str, Any]],
+        looking: Callable[[Sequence[Prepared]], AbstractContextManager[None]],
+    ) -> None:
+        self._model, self._pad_id, self._place, self._looking = model, pad_id, place, looking
+        self._image_token = int(model.config.image_token_id)
+        # A sliding window counts columns, so padding inside a row would push real tokens out of it.
+        window = getattr(model.config.get_text_config(), "sliding_window", None)
+        self.window: float = math.inf if window is None else window
+
+    @classmethod
+    def probe(
+        cls, model: Any, items: Sequence[Prepared], whole: dict[str, Any], *, name: str, **how: Any
+    ) -> Self | None:
+        """A `Beginnings` if going on from one gives what `whole`, all of the same requests, gives on this model; else
+        None, the reason logged. `items`: at least two prompts over one picture, and one over another."""
+        try:
+            found = cls(model, **how)
+            with torch.inference_mode():
+                shared = found.inputs(items)
+                reason = "nothing to share" if shared is None else difference(model, whole, shared)
+        except Exception as error:  # architectures fail in ways of their own; each means that this one cannot share
+            reason = f"{type(error).__name__}: {error}"
+        if reason:
+            logger.warning("engine %s: every prompt is read from its beginning (%s)", name, reason)
+            return None
+        logger.info("engine %s: the prompts of a picture share what they begin with", name)
+        return found
+
+    def inputs(self, prepared: Sequence[Prepared]) -> dict[str, Any] | None:
+        """What `generate` goes on from: ids and mask (B, L) and a cache of what is read already; None where the prompts
+        have too little in common."""
+        if any(item.request.images and not item.image_keys for item in prepared):
+            return None  # pictures that have no names cannot be told apart
+        ids = [item.tensors["input_ids"][0].tolist() for item in prepared]
+        made = plan(ids, [item.image_keys for item in prepared], self._image_token)
+        if made is None or made.columns(ids) + max(item.request.max_tokens for item in prepared) > self.window:
+            return None
+        with self._looking([prepared[row] for row in made.representatives]):
+            cache = prefill(self._model, self._place(beginnings(prepared, made, self._pad_id)), made)
+        return {**self._place(whole_rows(prepared, made, self._pad_id)), "past_key_values": cache}
 
 
 def plan(ids: Sequence[Sequence[int]], pictures: Sequence[Hashable], image_token: int) -> Plan | None:

@@ -148,7 +148,8 @@ def test_padding_inside_rows_never_pushes_words_out_of_a_sliding_window(load: Lo
         *(ask(B, prompt=end + short * 16, max_tokens=16) for end in ("fur ", "tail ")),
     ]
     prepared = [engine.prepare(request) for request in requests]
-    assert max(each.prompt_tokens for each in prepared) + 16 <= engine._window
+    assert engine._beginnings is not None
+    assert max(each.prompt_tokens for each in prepared) + 16 <= engine._beginnings.window
     assert run(engine, requests) == [run(engine, [request])[0] for request in requests]
 
 

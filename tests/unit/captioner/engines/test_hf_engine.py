@@ -19,27 +19,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Tokenizer
 
-from services.captioner.engines import build, hf_batching, hf_loading, hub
-from services.captioner.engines.base import CaptionRequest, Generation
+from services.captioner.engines import hf_batching, hf_loading, hub
+from services.captioner.engines.base import CaptionRequest
 from services.captioner.engines.hf import HFEngine
 from services.captioner.engines.hf_batching import Prepared
 from services.captioner.engines.hf_sampling import RowLimits, RowSampler
 from services.captioner.settings import EngineSpec
 from shared.errors import CaptuneError, InvalidInput, Unavailable
 from tests import tiny_mllm
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_mllm.build(tmp_path_factory.mktemp("models") / "tiny")
-
-
-def make(checkpoint: Path, **spec: Any) -> HFEngine:
-    options = {"type": "hf", "device": "cpu", "precision": "fp32", "model_roots": [checkpoint.parent], **spec}
-    engine = build("tiny", EngineSpec(model=str(checkpoint), **options))
-    assert isinstance(engine, HFEngine)
-    engine.load()
-    return engine
+from tests.hf_engine import make, run
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +38,6 @@ def engine(checkpoint: Path) -> HFEngine:
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
-
-
-def run(engine: HFEngine, requests: Sequence[CaptionRequest]) -> list[Generation]:
-    return [engine.finish(raw) for raw in engine.generate([engine.prepare(request) for request in requests])]
 
 
 MIXED = [

@@ -9,25 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from services.captioner.engines import build
 from services.captioner.engines.base import CaptionRequest
 from services.captioner.engines.hf import HFEngine
-from services.captioner.settings import EngineSpec
 from shared.errors import InvalidInput
-from tests import tiny_mllm
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_mllm.build(tmp_path_factory.mktemp("models") / "tiny")
-
-
-def make(checkpoint: Path, **spec: Any) -> HFEngine:
-    options = {"type": "hf", "device": "cpu", "precision": "fp32", "model_roots": [checkpoint.parent], **spec}
-    engine = build("tiny", EngineSpec(model=str(checkpoint), **options))
-    assert isinstance(engine, HFEngine)
-    engine.load()
-    return engine
+from tests.hf_engine import make
 
 
 @pytest.fixture(scope="module")

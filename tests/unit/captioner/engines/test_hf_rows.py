@@ -1,7 +1,7 @@
 """Rows of one batch of the Hugging Face engine: each stops, streams, thinks, fails and is retried by itself."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,25 +13,11 @@ import torch
 from PIL import Image
 
 from services.captioner import metrics
-from services.captioner.engines import build
 from services.captioner.engines.base import CaptionRequest, Generation
 from services.captioner.engines.hf import HFEngine
-from services.captioner.settings import EngineSpec
 from shared.errors import InvalidInput, Unavailable
 from tests import tiny_mllm
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_mllm.build(tmp_path_factory.mktemp("models") / "tiny")
-
-
-def make(checkpoint: Path, **spec: Any) -> HFEngine:
-    options = {"type": "hf", "device": "cpu", "precision": "fp32", "model_roots": [checkpoint.parent], **spec}
-    engine = build("tiny", EngineSpec(model=str(checkpoint), **options))
-    assert isinstance(engine, HFEngine)
-    engine.load()
-    return engine
+from tests.hf_engine import make, run
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +28,7 @@ def loaded(checkpoint: Path) -> HFEngine:
 @pytest.fixture
 def engine(loaded: HFEngine) -> HFEngine:
     loaded._fitting.clear()
-    loaded._shares_beginnings = False  # the tests script and count the `generate` calls: one per batch
+    loaded._beginnings = None  # the tests script and count the `generate` calls: one per batch
     return loaded
 
 
@@ -52,10 +38,6 @@ def picture(seed: int = 0) -> Image.Image:
 
 def ask(prompt: str = "describe the dog", max_tokens: int = 24, **options: Any) -> CaptionRequest:
     return CaptionRequest((picture(),), prompt, max_tokens, **{"temperature": 0.0, **options})
-
-
-def run(engine: HFEngine, requests: Sequence[CaptionRequest]) -> list[Generation]:
-    return [engine.finish(raw) for raw in engine.generate([engine.prepare(request) for request in requests])]
 
 
 def count(series: Any, *labels: str) -> float:
