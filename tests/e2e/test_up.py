@@ -78,6 +78,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Up
                 env={**os.environ, MARK: marks[-1], "CAPTUNE_STATE_DIR": str(state_dir)},
                 stdout=out,
                 stderr=subprocess.STDOUT,
+                # As in a terminal: a test run that a script put in the background hands down an ignored Ctrl-C.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                 text=True,
             )
         return Up(process, state_dir, marks[-1], output)
