@@ -1,18 +1,17 @@
-"""Answers are inspected on one thread beside the event loop, as many at a time as have come in: the tokenizer lets go
-of the interpreter meanwhile, and a hop between threads for each answer would cost about as much as inspecting it."""
+"""Answers are inspected on one thread beside the event loop, as many at a time as have come in: the tokenizer counts
+them at once and lets go of the interpreter meanwhile, and a hop between threads for each answer would cost about as
+much as inspecting it."""
 
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from services.captioner.quality.inspect import Inspected, Inspector
+from services.captioner.quality.inspect import Answer, Inspected, Inspector
 
 
 class _Waiting(NamedTuple):
-    raw: str
-    display_name: str
-    finish_reason: str
+    answer: Answer
     inspected: asyncio.Future[Inspected]
 
 
@@ -31,7 +30,7 @@ class Inspecting:
     async def finish(self, raw: str, display_name: str, finish_reason: str) -> Inspected:
         """As `Inspector.finish`."""
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(raw, display_name, finish_reason, loop.create_future())
+        waiting = _Waiting(Answer(raw, display_name, finish_reason), loop.create_future())
         self._waiting.append(waiting)
         if not self._busy:
             self._busy = True
@@ -44,13 +43,12 @@ class Inspecting:
         work.add_done_callback(lambda done: self._deliver(batch, done.result()))
 
     def _inspect(self, batch: Sequence[_Waiting]) -> list[Inspected | Exception]:
-        found: list[Inspected | Exception] = []
-        for each in batch:
-            try:
-                found.append(self._inspector.finish(each.raw, each.display_name, each.finish_reason))
-            except Exception as error:  # of this answer, raised where it is waited for
-                found.append(error)
-        return found
+        try:
+            return list(self._inspector.finish_all([each.answer for each in batch]))
+        except Exception as error:  # of one answer, raised where that one is waited for
+            if len(batch) == 1:
+                return [error]
+            return [found for each in batch for found in self._inspect([each])]
 
     def _deliver(self, batch: Sequence[_Waiting], found: Sequence[Inspected | Exception]) -> None:
         for each, inspected in zip(batch, found, strict=True):

