@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
-from captune import cli_captions, local, tables
+from captune import cli_bench, cli_captions, cli_evaluation, cli_leaderboard, cli_training, local, tables
 from captune.connection import default_state_dir
 from captune.errors import CaptuneAPIError, ConnectionNotFound
 from captune.progress import ProgressBar
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         _fail(3, f"{where}{error}")
     except ValidationError as error:
         _fail(2, "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
         _fail(2, str(error))
     except KeyboardInterrupt:
         _fail(130, "interrupted; jobs already submitted go on")
@@ -87,24 +87,6 @@ def datasets_rm(args: argparse.Namespace) -> int:
     return 0
 
 
-def train(args: argparse.Namespace) -> int:
-    request: dict[str, Any] = {
-        "model": args.model,
-        "dataset_id": args.dataset_id,
-        "caption_job_id": args.captions,
-        "method": {"type": args.method, "hyperparameters": dict(args.set)},
-        "shots": args.shots,
-        "shot_seed": args.shot_seed,
-        "validation": args.validation,
-        "suffix": args.suffix,
-    }
-    if args.exclude_flags is not None:
-        request["exclude_flags"] = [flag for flag in args.exclude_flags.split(",") if flag]
-    with client_of(args) as client:
-        jobs = [client.train(seed=seed, **request) for seed in args.seeds]
-        return max(finish(args, client, job, f"{args.method} seed {job.seed}") for job in jobs)
-
-
 def jobs_list(args: argparse.Namespace) -> int:
     kinds = [args.kind] if args.kind else ["ds", "cap", "ft", "eval"]
     filters = {k: v for k, v in (("dataset_id", args.dataset_id), ("status", args.status)) if v}
@@ -141,14 +123,6 @@ def jobs_act(args: argparse.Namespace) -> int:
     return 0
 
 
-def leaderboard(args: argparse.Namespace) -> int:
-    shots = int(args.shots) if args.shots and args.shots.isdigit() else args.shots
-    with client_of(args) as client:
-        board = client.leaderboard(args.dataset_id, metric=args.metric, split=args.split, shots=shots)
-    print(board.model_dump_json(indent=2) if args.json else tables.leaderboard(board))
-    return 0
-
-
 def keys_create(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         key = client.create_key(owner=args.owner, name=args.name, scopes=args.scopes.split(","))
@@ -171,16 +145,6 @@ def keys_revoke(args: argparse.Namespace) -> int:
 # -- parser ------------------------------------------------------------------------------------------------------------
 
 
-def _assignment(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
 def _class_names(text: str) -> dict[str, Any]:
     """`CODE=NAME`, or a JSON file of many."""
     code, equals, name = text.partition("=")
@@ -193,10 +157,6 @@ def _class_names(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"{text} is no JSON object of display names by class name")
     return found
-
-
-def _seeds(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -239,27 +199,9 @@ def _parser() -> argparse.ArgumentParser:
     command(datasets, "rm", datasets_rm, "delete a data set").add_argument("id")
 
     cli_captions.add(commands, command, waiting)
-
-    tune = command(commands, "train", train, "fine-tune CLIP; one job per seed")
-    tune.add_argument("dataset_id")
-    tune.add_argument("--method", default="mmft")
-    tune.add_argument("--captions", metavar="CAPTION_JOB_ID", help="needed by methods that train on captions")
-    tune.add_argument("--model", default="starter")
-    tune.add_argument(
-        "--exclude-flags",
-        metavar="FLAGS",
-        help="leave out captions with one of these, comma-separated ('' for none; default: those that are wrong or "
-        "say nothing new)",
-    )
-    tune.add_argument("--shots", type=int, help="training images per class (default: all)")
-    tune.add_argument("--shot-seed", type=int, default=0)
-    tune.add_argument("--seeds", type=_seeds, default=[0], help="training seeds, comma-separated (default: 0)")
-    tune.add_argument("--validation", default="full", choices=["none", "few_shot", "full"])
-    tune.add_argument("--suffix")
-    tune.add_argument(
-        "--set", type=_assignment, action="append", default=[], metavar="NAME=VALUE", help="hyperparameter"
-    )
-    waiting(tune)
+    cli_training.add(commands, command, waiting)
+    cli_evaluation.add(commands, command, waiting)
+    cli_bench.add(commands, command)
 
     jobs = commands.add_parser("jobs", help="jobs of every kind").add_subparsers(required=True, metavar="COMMAND")
     listing = command(jobs, "list", jobs_list, "list jobs")
@@ -273,11 +215,7 @@ def _parser() -> argparse.ArgumentParser:
         act.add_argument("id")
         act.set_defaults(action=action)
 
-    board = command(commands, "leaderboard", leaderboard, "every setting on a data set, ranked")
-    board.add_argument("dataset_id")
-    board.add_argument("--metric", default="top1")
-    board.add_argument("--split", default="test", choices=["train", "val", "test"])
-    board.add_argument("--shots", help="a number, or 'full'")
+    cli_leaderboard.add(commands, command)
 
     keys = commands.add_parser("keys", help="API keys").add_subparsers(required=True, metavar="COMMAND")
     create = command(keys, "create", keys_create, "make a key")

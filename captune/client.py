@@ -10,7 +10,8 @@ print(client.leaderboard(dataset.id))
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -18,7 +19,7 @@ import httpx
 
 from captune import connection
 from captune.errors import CaptuneAPIError
-from captune.packing import archive
+from captune.packing import archive, batched, new_folder, unpack
 from shared.schemas.captions import (
     Caption,
     CaptionEdit,
@@ -30,12 +31,32 @@ from shared.schemas.captions import (
 )
 from shared.schemas.common import FINAL_STATUSES, JobEvent, JobResource, Progress
 from shared.schemas.datasets import Dataset, DatasetEdit, Image
-from shared.schemas.evaluations import Evaluation, EvaluationRequest, Leaderboard
-from shared.schemas.fine_tuning import Classifier, FineTuningCheckpoint, FineTuningJob, FineTuningRequest, Method
+from shared.schemas.evaluations import (
+    Comparison,
+    Evaluation,
+    EvaluationRequest,
+    Leaderboard,
+    Prediction,
+    Predictions,
+)
+from shared.schemas.fine_tuning import (
+    Classifier,
+    ClassifierEdit,
+    FineTuningCheckpoint,
+    FineTuningJob,
+    FineTuningRequest,
+    Group,
+    GroupRequest,
+    GroupRuns,
+    Method,
+    SoupRequest,
+)
 from shared.schemas.keys import Key, KeyRequest, NewKey
 
 J = TypeVar("J", bound=JobResource)
-R = TypeVar("R", Dataset, Image, Caption, CaptionJob, FineTuningJob, FineTuningCheckpoint, Evaluation, Classifier, Key)
+R = TypeVar(
+    "R", Dataset, Image, Caption, CaptionJob, FineTuningJob, FineTuningCheckpoint, Group, Evaluation, Classifier, Key
+)
 
 _JOBS: dict[str, tuple[str, type[JobResource]]] = {  # id prefix -> where it lives, what it is
     "ds": ("/v1/datasets", Dataset),
@@ -43,6 +64,7 @@ _JOBS: dict[str, tuple[str, type[JobResource]]] = {  # id prefix -> where it liv
     "ft": ("/v1/fine_tuning/jobs", FineTuningJob),
     "eval": ("/v1/evaluations", Evaluation),
 }
+_GROUPS = "/v1/fine_tuning/groups"
 LONG = httpx.Timeout(60.0, read=600.0, write=600.0)  # uploads, and what a model or a whole job is looked at for
 RECONNECTS = 30  # a stream that breaks is taken up again where it was, a second apart
 
@@ -169,21 +191,8 @@ class Client:
     def export_captions(self, job_id: str, path: str | Path, *, format: str = "json", include: str = "all") -> Path:
         """Write a job's captions to `path`, which appears once it is whole. `format`: json, jsonl, csv, or txt (a zip
         of sidecars); `include`: all or usable."""
-        path = Path(path)
-        part = path.with_name(f"{path.name}.part")
         params = {"format": format, "include": include}
-        with self._http.stream("GET", f"/v1/caption_jobs/{job_id}/export", params=params) as response:
-            if not response.is_success:
-                response.read()
-                raise CaptuneAPIError.from_response(response)
-            try:
-                with part.open("wb") as out:
-                    for piece in response.iter_bytes():
-                        out.write(piece)
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
-        return path
+        return self._download(f"/v1/caption_jobs/{job_id}/export", Path(path), params)
 
     # -- fine-tuning -----------------------------------------------------------------------------------------------
 
@@ -191,6 +200,47 @@ class Client:
         """Fields: shared.schemas.fine_tuning.FineTuningRequest."""
         body = FineTuningRequest(**request)
         return FineTuningJob.model_validate(self._post("/v1/fine_tuning/jobs", body.model_dump()))
+
+    def group(self, group_id: str) -> Group:
+        return Group.model_validate(self._send("GET", f"{_GROUPS}/{group_id}").json())
+
+    def groups(self, **filters: str) -> Iterator[Group]:
+        return self._list(_GROUPS, Group, **filters)
+
+    def sweep(self, **request: Any) -> Group:
+        """A run for every combination of lists. Fields: shared.schemas.fine_tuning.GroupRequest."""
+        return Group.model_validate(self._post(_GROUPS, GroupRequest(**request).model_dump()))
+
+    def extend_group(self, group_id: str, **request: Any) -> Group:
+        """Adds the combinations that the group has not yet. Fields: shared.schemas.fine_tuning.GroupRuns."""
+        return Group.model_validate(self._post(f"{_GROUPS}/{group_id}/runs", GroupRuns(**request).model_dump()))
+
+    def cancel_group(self, group_id: str) -> Group:
+        return Group.model_validate(self._post(f"{_GROUPS}/{group_id}/cancel", None))
+
+    def soup(self, group_id: str, **request: Any) -> FineTuningJob:
+        """Averages a group's fine-tunes, greedily. Fields: shared.schemas.fine_tuning.SoupRequest."""
+        return FineTuningJob.model_validate(
+            self._post(f"{_GROUPS}/{group_id}/soup", SoupRequest(**request).model_dump())
+        )
+
+    def wait_group(self, group_id: str, on_update: Callable[[Group], None] | None = None) -> Group:
+        """Block until every run of the group, and its evaluation, is final."""
+        failures = 0
+        while True:
+            try:
+                group = self.group(group_id)
+                failures = 0
+            except httpx.TransportError:
+                failures += 1
+                if failures > RECONNECTS:
+                    raise
+            else:
+                if on_update is not None:
+                    on_update(group)
+                if group.status == "finished":
+                    return group
+            time.sleep(1.0)
 
     def methods(self) -> list[Method]:
         return [Method.model_validate(m) for m in self._send("GET", "/v1/fine_tuning/methods").json()["data"]]
@@ -201,19 +251,102 @@ class Client:
     def classifiers(self, **filters: str) -> Iterator[Classifier]:
         return self._list("/v1/classifiers", Classifier, **filters)
 
+    def update_classifier(
+        self, classifier_id: str, *, tags: list[str] | None = None, pinned: bool | None = None
+    ) -> Classifier:
+        body = ClassifierEdit(tags=tags, pinned=pinned).model_dump(exclude_none=True)
+        return Classifier.model_validate(self._send("PATCH", f"/v1/classifiers/{classifier_id}", json=body).json())
+
     def delete_classifier(self, classifier_id: str) -> None:
         self._send("DELETE", f"/v1/classifiers/{classifier_id}")
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
-    def evaluate(self, classifier_id: str, split: str = "test") -> Evaluation:
-        body = EvaluationRequest.model_validate({"classifier_id": classifier_id, "split": split})
+    def evaluate(self, classifier_id: str | None = None, **request: Any) -> Evaluation:
+        """Further fields: shared.schemas.evaluations.EvaluationRequest."""
+        body = EvaluationRequest(classifier_id=classifier_id, **request)
         return Evaluation.model_validate(self._post("/v1/evaluations", body.model_dump()))
 
+    def rescore(self, evaluation_id: str) -> Evaluation:
+        """Every metric anew, from the predictions kept."""
+        return Evaluation.model_validate(self._send("POST", f"/v1/evaluations/{evaluation_id}/rescore").json())
+
+    def save_predictions(self, evaluation_id: str, path: str | Path) -> Path:
+        """Write the logits of every image to `path`, as Parquet."""
+        return self._download(f"/v1/evaluations/{evaluation_id}/predictions", Path(path))
+
+    def predict(self, classifier_id: str, files: Iterable[str | Path], *, top_k: int = 5) -> Iterator[Prediction]:
+        """The classes of each image file, in the order given; sent in small requests, one after the other."""
+        for paths in batched(map(Path, files)):
+            with ExitStack() as opened:
+                parts = [("images", (path.name, opened.enter_context(path.open("rb")))) for path in paths]
+                url = f"/v1/classifiers/{classifier_id}/predict"
+                answer = self._send("POST", url, params={"top_k": top_k}, files=parts, timeout=LONG)
+            found = Predictions.model_validate(answer.json()).data
+            yield from (each.model_copy(update={"file": str(path)}) for path, each in zip(paths, found, strict=True))
+
+    def download_classifier(self, classifier_id: str, path: str | Path) -> Path:
+        """Write a classifier that plain open_clip loads: as a zip where `path` ends in .zip, else as a new folder."""
+        path = Path(path)
+        url = f"/v1/classifiers/{classifier_id}/download"
+        if path.suffix.lower() == ".zip":
+            return self._download(url, path)
+        with new_folder(path) as folder:
+            unpack(self._download(url, folder / "classifier.zip"))
+        return path
+
+    def import_classifier(self, source: str | Path, *, dataset_id: str, name: str = "imported") -> Classifier:
+        """Bring in a classifier that was downloaded elsewhere: a folder, zip or tar. `name` tells its row apart."""
+        with archive(Path(source)) as file:
+            answer = self._send(
+                "POST",
+                "/v1/classifiers/import",
+                data={"dataset_id": dataset_id, "name": name},
+                files={"file": ("classifier", file, "application/octet-stream")},
+                timeout=LONG,
+            )
+        return Classifier.model_validate(answer.json())
+
     def leaderboard(self, dataset_id: str, **filters: Any) -> Leaderboard:
-        """`filters`: metric, split, shots (a number or "full")."""
-        params = {"dataset_id": dataset_id, **{k: v for k, v in filters.items() if v is not None}}
+        """`filters`: metric, split, head, shots (a number or "full"), model, method, captioner, protocol, tag,
+        group_id, order (best, asc, desc); those that are None do not count. Every row, unless `limit` or `after` (a
+        row's id) asks for one page."""
+        params = {"dataset_id": dataset_id, **_given(filters)}
+        one_page = "limit" in params or "after" in params
+        board = self._leaderboard(params if one_page else params | {"limit": 1000})
+        page = board
+        while page.has_more and not one_page:
+            page = self._leaderboard(params | {"limit": 1000, "after": page.last_id})
+            board.rows += page.rows
+            board.has_more, board.last_id = page.has_more, page.last_id
+        return board
+
+    def _leaderboard(self, params: dict[str, Any]) -> Leaderboard:
         return Leaderboard.model_validate(self._send("GET", "/v1/leaderboard", params=params).json())
+
+    def leaderboard_text(self, dataset_id: str, format: str, **filters: Any) -> str:
+        """At most 1,000 rows as csv, markdown or latex. `filters`: those of `leaderboard`."""
+        params = {"dataset_id": dataset_id, "format": format, "limit": 1000, **_given(filters)}
+        return self._send("GET", "/v1/leaderboard", params=params).text
+
+    def watch_leaderboard(self, dataset_id: str, *, every: float = 2.0, **filters: Any) -> Iterator[Leaderboard]:
+        """One page, now and whenever it has changed; asks every so many seconds, which costs next to nothing while
+        nothing has. `filters`: those of `leaderboard`, limit, after."""
+        params = {"dataset_id": dataset_id, **_given(filters)}
+        headers: dict[str, str] = {}
+        while True:
+            response = self._http.get("/v1/leaderboard", params=params, headers=headers)
+            if response.status_code != 304:
+                if not response.is_success:
+                    raise CaptuneAPIError.from_response(response)
+                headers = {"If-None-Match": response.headers["ETag"]}
+                yield Leaderboard.model_validate(response.json())
+            time.sleep(every)
+
+    def compare(self, dataset_id: str, a: str, b: str, *, split: str = "test", head: str = "own") -> Comparison:
+        """Two rows of the leaderboard, by their ids: the difference in accuracy on the same images."""
+        params = {"dataset_id": dataset_id, "a": a, "b": b, "split": split, "head": head}
+        return Comparison.model_validate(self._send("GET", "/v1/leaderboard/compare", params=params).json())
 
     # -- jobs of any kind ------------------------------------------------------------------------------------------
 
@@ -303,6 +436,22 @@ class Client:
     def _post(self, path: str, body: dict[str, Any] | None) -> Any:
         return self._send("POST", path, json=body).json()
 
+    def _download(self, url: str, path: Path, params: dict[str, str] | None = None) -> Path:
+        """Stream an answer into `path`, which appears once it is whole."""
+        part = path.with_name(f"{path.name}.part")
+        with self._http.stream("GET", url, params=params, timeout=LONG) as response:
+            if not response.is_success:
+                response.read()
+                raise CaptuneAPIError.from_response(response)
+            try:
+                with part.open("wb") as out:
+                    for piece in response.iter_bytes():
+                        out.write(piece)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+        return path
+
     def _list(self, path: str, model: type[R] | type[JobResource], **filters: Any) -> Iterator[Any]:
         params: dict[str, Any] = {"limit": 200, **filters}
         while True:
@@ -312,6 +461,10 @@ class Client:
             if not answer["has_more"]:
                 return
             params["after"] = answer["last_id"]
+
+
+def _given(filters: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in filters.items() if value is not None}
 
 
 def _job(job_id: str) -> tuple[str, type[JobResource]]:

@@ -1,8 +1,9 @@
-"""A folder of images as one archive to upload."""
+"""Folders as archives and back, and files in requests of a bounded size."""
 
+import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,3 +28,42 @@ def archive(source: Path) -> Iterator[Any]:
                         out.write(part)
         file.seek(0)
         yield file
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `path` once the block ends well. Raises FileExistsError."""
+    if path.exists():
+        raise FileExistsError(f"{path} is there already; name a new folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        made = Path(temporary) / "files"
+        made.mkdir()
+        yield made
+        made.rename(path)
+
+
+def unpack(file: Path) -> None:
+    """A zip's files, beside it, in its place. Raises ValueError for a name that leads out of the folder."""
+    with zipfile.ZipFile(file) as source:
+        for entry in source.infolist():
+            if not entry.filename or "/" in entry.filename or "\\" in entry.filename or entry.filename.startswith("."):
+                raise ValueError(f"the server's archive holds the strange name {entry.filename!r}; it was not unpacked")
+            with source.open(entry) as packed, (file.parent / entry.filename).open("xb") as out:
+                shutil.copyfileobj(packed, out, 1 << 20)
+    file.unlink()
+
+
+def batched(files: Iterable[Path], most: int = 32, most_bytes: int = 32 * 2**20) -> Iterator[list[Path]]:
+    """Runs of at most `most` files and `most_bytes` (one file at least)."""
+    batch: list[Path] = []
+    size = 0
+    for file in files:
+        own = file.stat().st_size
+        if batch and (len(batch) == most or size + own > most_bytes):
+            yield batch
+            batch, size = [], 0
+        batch.append(file)
+        size += own
+    if batch:
+        yield batch

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from shared.schemas.captions import Caption, CaptionPreview, CaptionReport
-from shared.schemas.evaluations import Leaderboard
+from shared.schemas.evaluations import Comparison, Leaderboard
 
 TEXT_WIDTH = 60
 
@@ -27,36 +27,65 @@ def _is_number(cell: str) -> bool:
 
 def leaderboard(board: Leaderboard) -> str:
     """Fractions are shown as percentages; one table per validation protocol."""
-    percent = board.metric not in ("nll",)
-    scale, unit = (100.0, " %") if percent else (1.0, "")
+    scale, unit = (100.0, " %") if board.unit == "fraction" else (1.0, "")
     parts = [f"{board.dataset_name}: {board.metric}{unit} on {board.split}, mean ± standard error over seeds"]
-    for protocol in dict.fromkeys(row.protocol for row in board.rows):
+    header = ("#", "method", "model", "shots", board.metric, "runs", "", "ECE", "NLL", "train s", "captions s", "id")
+    for changed, protocol in dict.fromkeys((row.data_changed, row.protocol) for row in board.rows):
         rows = []
-        for row in (r for r in board.rows if r.protocol == protocol):
+        for row in (r for r in board.rows if (r.data_changed, r.protocol) == (changed, protocol)):
             error = "" if row.stderr is None else f" ± {scale * row.stderr:.2f}"
             few = "*" if row.few_seeds else ""
             rows.append(
                 (
                     row.rank,
-                    row.method,
+                    row.method if row.suffix is None else f"{row.method} ({row.suffix})",
                     row.model,
                     _shots(row.shots, row.train_seconds),
                     f"{scale * row.mean:.2f}{error}{few}",
                     row.n,
-                    f"{100 * row.metrics['top5']:.1f}" if "top5" in row.metrics else None,
-                    f"{100 * row.metrics['macro_f1']:.1f}" if "macro_f1" in row.metrics else None,
+                    "≈" if row.tied_with_best else "",
                     f"{100 * row.metrics['ece']:.1f}" if "ece" in row.metrics else None,
                     f"{row.metrics['nll']:.3f}" if "nll" in row.metrics else None,
                     f"{row.train_seconds:.0f}" if row.train_seconds else None,
+                    f"{row.caption_seconds:.0f}" if row.caption_seconds else None,
+                    _short_id(row.id),
                 )
             )
-        header = ("#", "method", "model", "shots", board.metric, "runs", "top-5", "macro-F1", "ECE", "NLL", "train s")
-        parts += ["", f"validation: {protocol}", table(header, rows)]
+        title = f"validation: {protocol}"
+        parts += ["", f"{title}; scored on what the data set was before" if changed else title, table(header, rows)]
+    if any(row.tied_with_best for row in board.rows):
+        parts += ["", "≈ not distinguishable from the best of its protocol at 95 %"]
     if any(row.few_seeds for row in board.rows):
         parts += ["", "* fewer than 3 seeds: the standard error means little"]
+    if board.has_more:
+        parts += ["", "there are more rows: raise --limit"]
     if not board.rows:
         parts += ["", "no scores yet: jobs are scored when they finish ('captune jobs list')"]
     return "\n".join(parts)
+
+
+def _short_id(id: str) -> str:
+    """Enough of the setting for `captune compare`, and what sets the row apart besides."""
+    setting, dot, rest = id.partition(".")
+    return f"{setting[:8]}" if not dot or rest in ("none", "few_shot", "full") else f"{setting}.{rest}"
+
+
+def comparison(found: Comparison) -> str:
+    """The two means, their difference with its interval, and what each alone got right."""
+    rows = [
+        ("a", f"{100 * found.mean_a:.2f} %"),
+        ("b", f"{100 * found.mean_b:.2f} %"),
+        ("a - b", f"{100 * found.difference:+.2f} points"),
+        ("95 % interval", f"{100 * found.low:+.2f} to {100 * found.high:+.2f}"),
+        ("p-value", f"{found.p_value:.4f}"),
+        ("only a right", f"{100 * found.only_a:.2f} % of the images"),
+        ("only b right", f"{100 * found.only_b:.2f} % of the images"),
+    ]
+    text = [f"{found.metric} on {found.split}: {found.images:,} images, {found.pairs:,} pairs of runs"]
+    text += [f"{name:<14} {value}" for name, value in rows]
+    if found.pairs == 1:
+        text.append("one run each: the interval is that of these two runs, not of other seeds")
+    return "\n".join(text)
 
 
 def _shots(shots: int | None, train_seconds: float | None) -> object:

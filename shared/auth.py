@@ -2,7 +2,7 @@
 
 import hashlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -73,14 +73,19 @@ def authenticate(
     return Principal(owner=row.owner, scopes=frozenset(row.scopes), key_name=row.name)
 
 
-def require(scope: Scope) -> Callable[[Principal], Principal]:
-    """A route dependency. `write` and `admin` keys may also read; `admin` may do all."""
+def check_scope(principal: Principal, scope: Scope) -> None:
+    """`write` and `admin` keys may also read; `admin` may do all. Raises Forbidden."""
     allowed = {"read": {"read", "write", "admin"}, "write": {"write", "admin"}, "admin": {"admin"}}[scope]
+    if not principal.scopes & allowed:
+        has = ", ".join(sorted(principal.scopes)) or "none"
+        raise Forbidden(f"this needs a key with scope '{scope}'; yours has: {has}", code="missing_scope")
 
-    def dependency(principal: Annotated[Principal, Depends(authenticate)]) -> Principal:
-        if not principal.scopes & allowed:
-            has = ", ".join(sorted(principal.scopes)) or "none"
-            raise Forbidden(f"this needs a key with scope '{scope}'; yours has: {has}", code="missing_scope")
+
+def require(scope: Scope) -> Callable[[Principal], Awaitable[Principal]]:
+    """A route dependency. (Async, as it does not wait: it needs no thread.)"""
+
+    async def dependency(principal: Annotated[Principal, Depends(authenticate)]) -> Principal:
+        check_scope(principal, scope)
         return principal
 
     return dependency
@@ -90,7 +95,7 @@ def admit_upload(request: Request) -> None:
     """The check that a writing route makes, for before its body is read. Raises Unauthorized or Forbidden."""
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     sent = HTTPAuthorizationCredentials(scheme=scheme, credentials=key) if scheme.lower() == "bearer" and key else None
-    require("write")(authenticate(request, sent))
+    check_scope(authenticate(request, sent), "write")
 
 
 Reader = Annotated[Principal, Depends(require("read"))]

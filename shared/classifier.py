@@ -1,80 +1,68 @@
-"""What fine-tuning makes: a folder that any open_clip loads ("local-dir:"), with two files of ours beside it.
+"""What fine-tuning makes: a folder with a classification head over a CLIP's image embeddings.
 
-    open_clip_config.json, open_clip_model.safetensors, ...   the model (shared/local_dir.py)
-    prototypes.safetensors   "prototypes" (C, D) float32: one L2-normalised embedding per class
-    captune.json             the card: class names, preprocessing, provenance, SHA-256 of the weights and prototypes
+    head.safetensors   "weight" (C, D), "bias" (C,) float32: logits = L2-normalised image embedding @ weight.T + bias
+    captune.json       the card: class names, preprocessing, provenance, SHA-256 of every file with tensors
+    open_clip_config.json, open_clip_model.safetensors, ...   the model, where it was trained (shared/local_dir.py): any
+                       open_clip loads the folder as "local-dir:"
+    changed.safetensors   or, where the model is the base model, the few tensors of it that were changed, if any
 
 Written by services/trainer/checkpoints.py, read by whoever scores or serves. Importing this costs no torch.
 """
 
-import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
-
+from shared.classifier_card import (
+    CARD,
+    CHANGED,
+    HEAD,
+    ClassifierCard,
+    Preprocessing,
+    bad,
+    check_file,
+    read_card,
+    sha256_file,
+)
 from shared.errors import InvalidInput
+from shared.local_dir import WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from shared.clip import LoadedClip
+    from shared.head import Head
 
-CARD = "captune.json"
-PROTOTYPES = "prototypes.safetensors"
-
-
-class Preprocessing(BaseModel):
-    """Resize to `size` pixels by `resize_mode` and `interpolation`, scale to 0..1, subtract mean, divide by std."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str
-    resize_mode: str
-
-
-class ClassifierCard(BaseModel):
-    """Everything to rebuild, serve and compare a classifier by. Row c of the prototypes is class_names[c]."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    format: Literal[1] = 1
-    base_model: str  # what the job named: "starter", "arch/pretrained" or a directory
-    architecture: str  # what was built from it
-    activation: Literal["gelu", "quick_gelu"]
-    class_names: list[str]
-    display_names: list[str]
-    preprocessing: Preprocessing
-    method: str
-    hyperparameters: dict[str, JsonValue]
-    data_fingerprint: str
-    seeds: dict[str, int]  # "training", and what else was drawn: "shots", "split"
-    shots: int | None  # images per class asked for; None: all
-    validation: Literal["none", "few_shot", "full"]
-    val_top1: float | None  # fraction, of the epoch kept
-    best_epoch: int  # from 1; 0: not trained
-    provenance: dict[str, JsonValue] = {}  # job, captions and captioner, whatever else the maker records
-    versions: dict[str, str]  # captune, torch, open_clip
-    sha256: dict[str, str]  # file name -> hex digest
+__all__ = [
+    "CARD",
+    "CHANGED",
+    "HEAD",
+    "Classifier",
+    "ClassifierCard",
+    "LoadBase",
+    "Preprocessing",
+    "check_base",
+    "load_classifier",
+    "read_card",
+    "read_changed",
+    "read_head",
+    "sha256_file",
+    "write_standalone",
+]
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A loaded classifier: the model in eval mode, float32, and prototypes (C, D) on the same device."""
+    """A loaded classifier: the model in eval mode, float32; the head on the CPU."""
 
     clip: "LoadedClip"
-    prototypes: "Tensor"
+    head: "Head"
     card: ClassifierCard
 
     def logits(self, images: "Tensor", batch: int = 64) -> "Tensor":
-        """exp(logit_scale) * cosine: (N, C) float32 on the CPU. images (N, 3, S, S): uint8 as `preprocess_uint8` gives
-        them, or float already normalised."""
+        """(N, C) float32 on the CPU. images (N, 3, S, S): uint8 as `preprocess_uint8` gives them, or float already
+        normalised."""
         import torch
 
         from shared.clip import normalise
@@ -82,88 +70,137 @@ class Classifier:
         size = (3, self.clip.image_size, self.clip.image_size)
         if tuple(images.shape[1:]) != size:
             raise InvalidInput(f"This classifier takes images of shape {size}; got {tuple(images.shape[1:])}.")
-        parts = [torch.empty(0, len(self.prototypes))]
+        device = next(self.clip.model.parameters()).device
+        parts = [torch.empty(0, len(self.head.bias))]
         with torch.no_grad():
-            scale = self.clip.model.logit_scale.exp().squeeze()
             for part in torch.split(images, batch) if len(images) else ():
-                part = part.to(self.prototypes.device)
+                part = part.to(device)
                 pixels = part if part.is_floating_point() else normalise(part, self.clip)
-                embeddings = self.clip.model.encode_image(pixels, normalize=True).float()
-                parts.append((scale * embeddings @ self.prototypes.T).cpu())
+                parts.append(self.head.logits(self.clip.model.encode_image(pixels, normalize=True).float().cpu()))
         return torch.cat(parts)
 
 
-def load_classifier(directory: Path, device: str = "cpu") -> Classifier:
-    """Read and check a folder. Raises InvalidInput (code `bad_classifier` or `bad_model`) on a missing file, a pickle,
-    a truncated or altered file, and shapes or keys that don't fit together; nothing is ever unpickled."""
+LoadBase = Callable[[str], "LoadedClip"]
+
+
+def load_classifier(directory: Path, device: str = "cpu", load_base: LoadBase | None = None) -> Classifier:
+    """Read and check a folder. `load_base` gives a base model by name; it is needed where the folder holds no weights
+    of its own, and what it gives is moved to `device` but never changed otherwise.
+
+    Raises InvalidInput (code `bad_classifier` or `bad_model`) on a missing file, a pickle, a truncated or altered file,
+    and shapes or keys that don't fit together; nothing is ever unpickled. Where a base model is needed: code
+    `base_needed` without `load_base`, `base_changed` where it is not the one the classifier was made from, and whatever
+    `load_base` raises."""
+    card = read_card(directory)
+    clip = _own_clip(directory, card) if card.weights == "own" else _base_clip(directory, card, load_base)
+    head = read_head(directory, card, clip)
+    clip.model.to(device)
+    return Classifier(clip, head, card)
+
+
+def read_head(directory: Path, card: ClassifierCard, clip: "LoadedClip") -> "Head":
+    """The head, weight (C, D) and bias (C,), checked against the card and against the model's width. Raises
+    InvalidInput."""
     import torch
 
-    from shared.clip import load_clip
-    from shared.local_dir import WEIGHTS
+    from shared.head import Head
 
-    card = read_card(directory)
-    for name in (WEIGHTS, PROTOTYPES):
-        _check_file(directory / name, card.sha256)
-    clip = load_clip(str(directory.resolve()), directory, [directory])
-    prototypes = _read_prototypes(directory / PROTOTYPES)
-    expected = (len(card.class_names), int(clip.config["model_cfg"]["embed_dim"]))
-    if tuple(prototypes.shape) != expected or prototypes.dtype != torch.float32:
-        raise _bad(
-            directory / PROTOTYPES,
-            f"holds {tuple(prototypes.shape)} {prototypes.dtype}; {len(card.class_names)} classes of this model need"
-            f" {expected} float32",
+    tensors = _read_tensors(directory / HEAD, card, {"weight", "bias"})
+    weight, bias = tensors["weight"], tensors["bias"]
+    classes, width = len(card.class_names), int(clip.config["model_cfg"]["embed_dim"])
+    if (tuple(weight.shape), tuple(bias.shape)) != ((classes, width), (classes,)):
+        raise bad(
+            directory / HEAD,
+            f"holds a weight {tuple(weight.shape)} and a bias {tuple(bias.shape)}; {classes} classes of this model need"
+            f" ({classes}, {width}) and ({classes},)",
         )
-    if len(card.display_names) != len(card.class_names):
-        raise _bad(directory / CARD, "class_names and display_names differ in length")
-    clip.model.to(device)
-    return Classifier(clip, prototypes.to(device), card)
+    if {weight.dtype, bias.dtype} != {torch.float32} or not (weight.isfinite().all() and bias.isfinite().all()):
+        raise bad(directory / HEAD, "holds numbers that are not finite float32")
+    return Head(weight, bias)
 
 
-def read_card(directory: Path) -> ClassifierCard:
-    """The card alone, checked. Raises InvalidInput."""
-    try:
-        return ClassifierCard.model_validate(json.loads((directory / CARD).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise _bad(directory / CARD, f"can't be read ({error.strerror}); is this a classifier's folder?") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise _bad(directory / CARD, f"{where}: {first['msg'].lower()}") from error
-    except ValueError as error:
-        raise _bad(directory / CARD, f"is not JSON ({error})") from error
+def read_changed(directory: Path, card: ClassifierCard, base: "LoadedClip") -> dict[str, "Tensor"]:
+    """The tensors that differ from the base model's, by name, checked against it. Raises InvalidInput."""
+    if not card.changed:
+        return {}
+    changed, state = _read_tensors(directory / CHANGED, card, set(card.changed)), base.model.state_dict()
+    for name, value in changed.items():
+        if name not in state or state[name].shape != value.shape or state[name].dtype != value.dtype:
+            has = f"{tuple(state[name].shape)} {state[name].dtype}" if name in state else "no such tensor"
+            raise bad(
+                directory / CHANGED,
+                f"holds {name} {tuple(value.shape)} {value.dtype}, but '{card.base_model}' has {has}",
+            )
+    return changed
 
 
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def check_base(card: ClassifierCard, base: "LoadedClip") -> None:
+    """Raises InvalidInput where `base` is not the model that the classifier was made from."""
+    if base.revision != card.base_revision:
+        raise InvalidInput(
+            f"The model '{card.base_model}' is not what it was when the classifier was made: its weights are"
+            f" {base.revision[:12]}, not {card.base_revision[:12]}. Bring the old weights back, or train again.",
+            code="base_changed",
+        )
 
 
-def _check_file(path: Path, digests: Mapping[str, str]) -> None:
-    if not path.is_file():
-        raise _bad(path, "is missing")
-    with path.open("rb") as file:
-        head = file.read(2)
-    if head[:1] == b"\x80" or head == b"PK":
-        raise _bad(path, "is a pickle or a zip of pickles, not safetensors; pickles are never loaded")
-    if digests.get(path.name) != sha256_file(path):
-        raise _bad(path, f"is truncated or was altered: its SHA-256 is not the one in {CARD}")
+def write_standalone(classifier: Classifier, directory: Path) -> ClassifierCard:
+    """Write the whole classifier, weights included, so that plain open_clip loads it as "local-dir:" without the base
+    model; head.safetensors and the card stand beside. Returns the new card. Not atomic."""
+    from safetensors.torch import save_file
+
+    from shared.clip import save_clip
+
+    save_clip(classifier.clip, classifier.clip.model.state_dict(), directory)
+    head = {"weight": classifier.head.weight.contiguous(), "bias": classifier.head.bias.contiguous()}
+    save_file(head, directory / HEAD)
+    digests = {name: sha256_file(directory / name) for name in (WEIGHTS, HEAD)}
+    card = classifier.card.model_copy(update={"weights": "own", "changed": [], "sha256": digests})
+    (directory / CARD).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return card
 
 
-def _read_prototypes(path: Path) -> "Tensor":
+def _own_clip(directory: Path, card: ClassifierCard) -> "LoadedClip":
+    from shared.clip import load_clip
+
+    check_file(directory / WEIGHTS, card.sha256)
+    return load_clip(str(directory.resolve()), directory, [directory])
+
+
+def _base_clip(directory: Path, card: ClassifierCard, load_base: LoadBase | None) -> "LoadedClip":
+    from copy import deepcopy
+    from dataclasses import replace
+
+    if load_base is None:
+        raise InvalidInput(
+            f"The classifier in {directory} holds no weights of its own: it needs the model '{card.base_model}'."
+            " Download it through the API, which adds them.",
+            code="base_needed",
+        )
+    base = load_base(card.base_model)
+    check_base(card, base)
+    changed = read_changed(directory, card, base)
+    if not changed:
+        return base
+    model = deepcopy(base.model)  # others use the base model
+    model.load_state_dict(changed, strict=False)
+    return replace(base, model=model)
+
+
+def _read_tensors(path: Path, card: ClassifierCard, expected: set[str]) -> dict[str, "Tensor"]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    check_file(path, card.sha256)
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise _bad(path, f"is not a whole safetensors file ({error})") from error
-    if set(tensors) != {"prototypes"}:
-        raise _bad(path, f"must hold one tensor, `prototypes`; it holds {sorted(tensors)}")
-    return tensors["prototypes"].clone()  # safetensors maps the file, which may be a temporary one
+        raise bad(path, f"is not a whole safetensors file ({error})") from error
+    if set(tensors) != expected:
+        raise bad(path, f"must hold the tensors {_names(expected)}; it holds {_names(tensors)}")
+    return {name: value.clone() for name, value in tensors.items()}  # the file is mapped, and may be a temporary one
 
 
-def _bad(path: Path, reason: str) -> InvalidInput:
-    return InvalidInput(
-        f"The classifier file {path.name} in {path.parent} {reason}. Download or train the classifier again.",
-        code="bad_classifier",
-    )
+def _names(names: "set[str] | dict[str, Tensor]") -> str:
+    shown = sorted(names)
+    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")

@@ -7,8 +7,10 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import open_clip
 import torch
@@ -23,11 +25,13 @@ from torchvision.transforms.functional import pil_to_tensor
 from shared import local_dir
 from shared.errors import InvalidInput, Unavailable
 from shared.starter import ensure_starter
+from shared.text_tower import cpu_tokens, encode_text_batch, spans, trim_padding, used_columns
 
 __all__ = [
     "LoadedClip",
     "encode_image",
     "encode_text",
+    "encode_text_batch",
     "encode_tokens",
     "ensure_starter",
     "load_clip",
@@ -38,6 +42,8 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+_GPU_TOKENS = 65536  # encoded at a time, padding counted
 
 # What open_clip and transformers raise on a folder that is not what it claims to be.
 _BROKEN = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, AssertionError, OSError, SafetensorError)
@@ -58,6 +64,30 @@ class LoadedClip:
     resize_mode: str
     tokenizer_files: Path | None  # directory holding them, None for open_clip's own tokenizer or a hub's
     resize_crop: Callable[[Image.Image], Image.Image]  # the model's eval transform up to the tensor
+
+    @cached_property
+    def revision(self) -> str:
+        """Which weights these are: of the SHA-256 over the state_dict's names, types, shapes and bytes, in its order,
+        the first 32 hex digits. Computed once: the weights of a loaded model are not changed in place, training copies
+        them."""
+        digest = sha256()
+        for name, value in self.model.state_dict().items():
+            digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:32]
+
+    @property
+    def preprocessing_key(self) -> str:
+        """Names what `preprocess_uint8` makes of an image: equal for two models that see the same pixels."""
+        return f"{self.image_size}-{self.interpolation}-{self.resize_mode}"
+
+
+class ImageRows(Protocol):
+    """(N, 3, S, S) uint8, read some rows at a time: a Tensor, or shared.pixels.Pixels."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
 
 
 def load_clip(name: str, cache_dir: Path, model_roots: Sequence[Path] = ()) -> LoadedClip:
@@ -103,49 +133,47 @@ def preprocess_uint8(image: Image.Image, clip: LoadedClip) -> Tensor:
 
 def normalise(images_uint8: Tensor, clip: LoadedClip) -> Tensor:
     """(N, 3, S, S) uint8 -> float32 as the image tower takes it, on the same device."""
-    mean, std = (torch.tensor(v, device=images_uint8.device).view(1, -1, 1, 1) for v in (clip.mean, clip.std))
+    mean, std = _constants(clip.mean, clip.std, images_uint8.device)
     images = images_uint8.contiguous(memory_format=torch.channels_last)
     return (images.float() / 255 - mean) / std
 
 
-def trim_padding(model: Any, tokens: Tensor) -> Tensor:
-    """(T, L) -> (T, at most L): without the columns that pad every row, where the text tower masks padding and so gives
-    the same embeddings: the Hugging Face towers. Theirs is the bulk of the work saved on short texts."""
-    pad = getattr(getattr(getattr(model, "text", None), "config", None), "pad_token_id", None)
-    if pad is None:
-        return tokens
-    used = (tokens != pad).any(0).nonzero()
-    return tokens[:, : int(used[-1]) + 1]
+@lru_cache(maxsize=64)
+def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each (1, 3, 1, 1), made once: to send them to a GPU in each step would make the step wait for the one before."""
+    return torch.tensor(mean, device=device).view(1, -1, 1, 1), torch.tensor(std, device=device).view(1, -1, 1, 1)
 
 
 @torch.no_grad()
-def encode_tokens(model: Any, tokens: Tensor, batch: int = 256) -> Tensor:
+def encode_tokens(model: Any, tokens: Tensor) -> Tensor:
     """(T, L) int64 -> (T, D) float32 on the CPU, rows of length 1, in the order given; computed in batches of like
-    length, which pad little."""
+    length, which pad little. In float32, unless the caller's autocast says otherwise."""
     device = next(model.parameters()).device
-    order = (tokens != 0).sum(1).argsort()
+    budget = cpu_tokens() if device.type == "cpu" else _GPU_TOKENS
+    lengths, order = used_columns(model, tokens).sort(stable=True)
     parts = [
-        model.encode_text(trim_padding(model, tokens[rows]).to(device), normalize=True).float().cpu()
-        for rows in torch.split(order, batch)
+        encode_text_batch(model, tokens[order[start:stop], : int(lengths[stop - 1])]).float()
+        for start, stop in spans(lengths.tolist(), budget)
     ]
-    return torch.cat(parts)[order.argsort()]
+    return torch.cat(parts).cpu()[order.argsort()]  # one wait for the device, at the end
 
 
-def encode_text(clip: LoadedClip, texts: Sequence[str], batch: int = 256) -> Tensor:
+def encode_text(clip: LoadedClip, texts: Sequence[str]) -> Tensor:
     """-> (N, D) float32 on the CPU, rows of length 1, in the order given."""
-    return encode_tokens(clip.model, clip.tokenizer(list(texts)), batch)
+    return encode_tokens(clip.model, clip.tokenizer(list(texts)))
 
 
 @torch.no_grad()
-def encode_image(clip: LoadedClip, images_uint8: Tensor, batch: int = 64) -> Tensor:
-    """(N, 3, S, S) uint8 from `preprocess_uint8` -> (N, D) float32 on the CPU, rows of length 1."""
+def encode_image(clip: LoadedClip, images_uint8: ImageRows, batch: int | None = None) -> Tensor:
+    """(N, 3, S, S) uint8 from `preprocess_uint8` -> (N, D) float32 on the CPU, rows of length 1; in batches of 64 on
+    the CPU and 256 elsewhere unless said otherwise."""
     device = next(clip.model.parameters()).device
+    batch = batch or (64 if device.type == "cpu" else 256)
     rows = [
-        clip.model.encode_image(normalise(part.to(device), clip), normalize=True).float().cpu()
-        for part in torch.split(images_uint8, batch)
-        if len(part)
+        clip.model.encode_image(normalise(images_uint8[start : start + batch].to(device), clip), normalize=True).float()
+        for start in range(0, len(images_uint8), batch)
     ]
-    return torch.cat(rows) if rows else torch.empty(0, _embed_dim(clip))
+    return torch.cat(rows).cpu() if rows else torch.empty(0, _embed_dim(clip))
 
 
 def _embed_dim(clip: LoadedClip) -> int:

@@ -36,5 +36,6 @@ class CoreSettings(BaseSettings):
     max_failures: int = 5  # crashes and unexpected errors in a row, without progress, before a job fails for good
 
     model_cache: Path = Field(default_factory=_user_cache)  # downloaded weights, and the starter once it is built
+    cache_bytes: int = Field(default=20 * 2**30, ge=0)  # of decoded images and embeddings kept there at most; 0: none
     model_roots: list[Path] = []  # folders below which `model` may name a local directory
     log_level: str = "INFO"

@@ -7,14 +7,16 @@ from collections.abc import Callable
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from shared.db.models import IdempotencyKey, Job
+from shared.db.models import Base, IdempotencyKey, Job
 from shared.errors import Conflict, InvalidInput
 
 
-def once(session: Session, owner: str, key: str | None, request: str, create: Callable[[], str]) -> str:
-    """The id that `create` returned for this (owner, key), now or before. `request` stands for what was asked: the
-    route and the body. The same key with another request is refused (422); so are a request still in flight and a
-    resource that was deleted since (409)."""
+def once(
+    session: Session, owner: str, key: str | None, request: str, create: Callable[[], str], of: type[Base] = Job
+) -> str:
+    """The id, of a row of `of`, that `create` returned for this (owner, key), now or before. `request` stands for what
+    was asked: the route and the body. The same key with another request is refused (422); so are a request still in
+    flight and a resource that was deleted since (409)."""
     if key is None:
         return create()
     lock = int.from_bytes(hashlib.sha256(f"{owner}\0{key}".encode()).digest()[:8], signed=True)
@@ -32,7 +34,7 @@ def once(session: Session, owner: str, key: str | None, request: str, create: Ca
             code="idempotency_key_reused",
             param="Idempotency-Key",
         )
-    if session.get(Job, row.resource_id) is None:
+    if session.get(of, row.resource_id) is None:
         raise Conflict(
             f"this Idempotency-Key made {row.resource_id}, which was deleted since; use a new key for a new request",
             code="resource_deleted",

@@ -25,11 +25,11 @@ from shared.schemas.common import Problem
 log = logging.getLogger(__name__)
 
 # The routes whose bodies are streamed to disk; every other body is held in memory.
-UPLOAD_PATHS = frozenset({"/v1/datasets", "/v1/caption_jobs/import"})
+UPLOAD_PATHS = frozenset({"/v1/datasets", "/v1/caption_jobs/import", "/v1/classifiers/import"})
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
-def get_core(request: Request) -> Core:
+async def get_core(request: Request) -> Core:  # async: what does not wait needs no thread
     core: Core = request.app.state.core
     return core
 

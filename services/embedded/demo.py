@@ -29,6 +29,7 @@ NAME, DOMAIN = "clipart", "clip art"
 SHOTS, SEEDS = 8, (0, 1)
 # Sized to five minutes on two cores; the paper trains for 50 epochs at 1e-5.
 TRAINING = {"epochs": 5, "batch_size": 32, "learning_rate": 5e-5}
+PRESET = "paper"
 METHODS: dict[str, dict[str, Any]] = {"mmft": TRAINING, "flyp": TRAINING}
 
 
@@ -110,7 +111,7 @@ def _training(client: Client, dataset: Dataset, captions: CaptionJob) -> list[Fi
                 {
                     "dataset_id": dataset.id,
                     "caption_job_id": captions.id if known[method].needs_captions else None,
-                    "method": {"type": method, "hyperparameters": hyperparameters},
+                    "method": {"type": method, "preset": PRESET, "hyperparameters": hyperparameters},
                     "shots": SHOTS,
                     "seed": seed,
                 }
@@ -130,7 +131,7 @@ def _same(job: FineTuningJob, request: FineTuningRequest) -> bool:
     fields = ("model", "caption_job_id", "shots", "shot_seed", "seed", "validation")
     return (
         job.status not in ("failed", "cancelled")
-        and job.method.type == request.method.type
+        and (job.method.type, job.method.preset) == (request.method.type, request.method.preset)
         and asked <= job.method.hyperparameters.items()
         and all(getattr(job, name) == getattr(request, name) for name in fields)
     )

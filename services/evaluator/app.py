@@ -1,17 +1,20 @@
-"""The evaluator's API process: `uvicorn --factory services.evaluator.app:create_app`. It never imports torch."""
+"""The evaluator's API process: `uvicorn --factory services.evaluator.app:create_app`. It imports torch when the first
+classifier is asked for a prediction, is downloaded whole or is imported; not before."""
 
 from fastapi import FastAPI
 
-from services.evaluator import routes
+from services.evaluator import routes, routes_classifiers, routes_leaderboard
 from shared.config import CoreSettings
 from shared.core import Core
+from shared.cpu import share_cores
 from shared.logging import configure
 from shared.web import create_api
 
-ROUTERS = (routes.router,)
+ROUTERS = (routes.router, routes_classifiers.router, routes_leaderboard.router)
 
 
 def create_app() -> FastAPI:
+    share_cores()
     settings = CoreSettings()
     configure(settings.log_level)
     return create_api("Captune evaluator", Core.from_settings(settings), ROUTERS)

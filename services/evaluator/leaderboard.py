@@ -1,127 +1,121 @@
 """The leaderboard: runs that differ in nothing but their seeds make one row; one SQL query behind it.
 
 Ranks are given within a validation protocol, never across: a run that chose its best epoch on a large val split is not
-compared with one that had none. Methods that do not train chose nothing, so they stand in every protocol's ranking."""
+compared with one that had none. Methods that do not train chose nothing, so they stand in every protocol's ranking.
+Rows that were scored on what the data set was before stand at the end, without a rank."""
 
-import csv
-import io
-import json
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from services.evaluator.correctness import Bits, BitsCache, Run
+from services.evaluator.leaderboard_query import Asked, board_rows
 from services.evaluator.metrics import METRICS
+from services.evaluator.ties import Contender, Ties
 from shared.auth import Principal
-from shared.db.models import Dataset
-from shared.errors import InvalidInput
-from shared.schemas.common import Split
+from shared.db.models import Dataset, LeaderboardVersion
+from shared.errors import InvalidInput, NotFound
 from shared.schemas.evaluations import Leaderboard, LeaderboardRow
 
 FEW_SEEDS = 3
 
-# Groups are keyed by `setting`: all that a user chose but the seeds. `untrained` runs have the protocol "zero_shot".
-_QUERY = text("""
-WITH runs AS (
-    SELECT c.id, c.protocol, c.method, c.model, c.captioner, c.shots, c.hyperparameters, c.suffix, c.seed, c.shot_seed,
-           (c.details->>'train_seconds')::float AS train_seconds,
-           jsonb_build_array(c.protocol, c.method, c.model, c.captioner, c.shots, c.hyperparameters, c.suffix,
-                             c.details->'captions') AS setting
-    FROM classifiers c
-    WHERE c.dataset_id = :dataset_id AND c.data_fingerprint = :fingerprint AND (:admin OR c.owner = :owner)
-      AND (CAST(:shots AS int) IS NULL OR c.shots = :shots OR c.protocol = 'zero_shot')
-      AND (NOT :full_only OR c.shots IS NULL)
-), per_seed AS (  -- a run repeated with the same seeds is not one more observation
-    SELECT r.setting, r.seed, r.shot_seed, s.metric, avg(s.value) AS value
-    FROM runs r JOIN scores s ON s.classifier_id = r.id AND s.split = :split
-    GROUP BY r.setting, r.seed, r.shot_seed, s.metric
-), per_metric AS (
-    SELECT setting, metric, avg(value) AS mean, stddev_samp(value) / sqrt(count(*)) AS stderr, count(*) AS n
-    FROM per_seed GROUP BY setting, metric
-), metrics AS (
-    SELECT setting, jsonb_object_agg(metric, mean) AS metrics FROM per_metric GROUP BY setting
-), settings AS (
-    SELECT setting, min(protocol) AS protocol, min(method) AS method, min(model) AS model,
-           min(captioner) AS captioner, min(shots) AS shots, min(suffix) AS suffix,
-           avg(train_seconds) AS train_seconds, array_agg(id ORDER BY id) AS classifier_ids
-    FROM runs WHERE EXISTS (
-        SELECT 1 FROM scores s WHERE s.classifier_id = runs.id AND s.split = :split AND s.metric = :metric)
-    GROUP BY setting
-), protocols AS (
-    SELECT DISTINCT protocol FROM settings WHERE protocol <> 'zero_shot'
-    UNION ALL
-    SELECT 'zero_shot' WHERE NOT EXISTS (SELECT 1 FROM settings WHERE protocol <> 'zero_shot')
-)
-SELECT p.protocol, g.method, g.model, g.captioner, g.shots, g.setting->5 AS hyperparameters, g.suffix,
-       nullif(g.setting->7, 'null') AS captions,
-       m.n, m.mean, m.stderr, (m.n < :few_seeds AND g.protocol <> 'zero_shot') AS few_seeds,
-       k.metrics, g.train_seconds, g.classifier_ids,
-       rank() OVER (PARTITION BY p.protocol ORDER BY m.mean * :direction DESC) AS rank
-FROM settings g
-JOIN protocols p ON p.protocol = g.protocol OR g.protocol = 'zero_shot'
-JOIN per_metric m ON m.setting = g.setting AND m.metric = :metric
-JOIN metrics k ON k.setting = g.setting
-ORDER BY p.protocol, rank, g.method, g.classifier_ids
-""")
+
+@dataclass(frozen=True)
+class Header:
+    """What one tiny query tells: enough to know whether a board has changed."""
+
+    name: str
+    fingerprint: str
+    version: int
 
 
-def read(
-    session: Session,
-    who: Principal,
-    dataset: Dataset,
-    *,
-    metric: str,
-    split: Split,
-    shots: int | Literal["full"] | None,
-) -> Leaderboard:
-    """Raises InvalidInput for an unknown metric. `shots`: a number, "full" (every training image), or None for all."""
-    if metric not in METRICS:
-        raise InvalidInput(
-            f"there is no metric '{metric}'; choose one of: {', '.join(METRICS)}", code="unknown_metric", param="metric"
+def header(session: Session, who: Principal, dataset_id: str) -> Header:
+    """Raises NotFound, also where the data set is another owner's."""
+    query = (
+        select(Dataset.name, Dataset.fingerprint, LeaderboardVersion.version)
+        .outerjoin(LeaderboardVersion, LeaderboardVersion.dataset_id == Dataset.id)
+        .where(Dataset.id == dataset_id, who.sees(Dataset.owner))
+    )
+    found = session.execute(query).one_or_none()
+    if found is None:
+        raise NotFound(
+            f"there is no data set '{dataset_id}' among yours; GET /v1/datasets lists them", param="dataset_id"
         )
-    higher = METRICS[metric].higher_is_better
-    found = session.execute(
-        _QUERY,
-        {
-            "dataset_id": dataset.id,
-            "fingerprint": dataset.fingerprint,
-            "admin": "admin" in who.scopes,
-            "owner": who.owner,
-            "metric": metric,
-            "split": split,
-            "shots": shots if isinstance(shots, int) else None,
-            "full_only": shots == "full",
-            "few_seeds": FEW_SEEDS,
-            "direction": 1 if higher else -1,
-        },
+    name, fingerprint, version = found
+    return Header(name, fingerprint or "", version or 0)
+
+
+def check(asked: Asked) -> None:
+    """Raises InvalidInput for an unknown metric."""
+    if asked.metric not in METRICS:
+        raise InvalidInput(
+            f"there is no metric '{asked.metric}'; choose one of: {', '.join(METRICS)}",
+            code="unknown_metric",
+            param="metric",
+        )
+
+
+class Board:
+    """Reads leaderboards, and remembers what evaluations got right and which rows are tied."""
+
+    def __init__(self) -> None:
+        self._bits, self._ties = BitsCache(), Ties()
+
+    def read(self, session: Session, who: Principal, asked: Asked, head: Header) -> Leaderboard:
+        """One page. Raises InvalidInput where `after` is no row of this board."""
+        metric = METRICS[asked.metric]
+        found = board_rows(session, who, asked, head.fingerprint, metric.higher_is_better)
+        if asked.after is not None and not any(row["id"] == asked.after for row in found):
+            raise InvalidInput(
+                f"there is no row '{asked.after}' on this board (any more); read it again from the start",
+                code="unknown_row",
+                param="after",
+            )
+        start = found[0]["start"] if found else 0
+        page = [row for row in found if start < row["position"] <= start + asked.limit]
+        more = any(row["position"] == start + asked.limit + 1 for row in found)
+        tied = self._tied(session, asked.metric, found, page)
+        rows = [_row(row, tied.get(row["id"])) for row in page]
+        return Leaderboard(
+            dataset_id=asked.dataset_id,
+            dataset_name=head.name,
+            data_fingerprint=head.fingerprint,
+            split=asked.split,
+            metric=asked.metric,
+            unit=metric.unit,
+            higher_is_better=metric.higher_is_better,
+            rows=rows,
+            has_more=more,
+            last_id=rows[-1].id if rows else None,
+        )
+
+    def _tied(
+        self, session: Session, metric: str, found: list[dict[str, Any]], page: list[dict[str, Any]]
+    ) -> dict[str, bool | None]:
+        """By row id, for the ranked rows of a page that are not the best."""
+        best = {row["protocol"]: _contender(row) for row in found if row["best"] and not row["data_changed"]}
+        rivals = {row["id"]: row for row in page if not row["best"] and not row["data_changed"]}
+        pairs = {id: (best[row["protocol"]], _contender(row)) for id, row in rivals.items()}
+        bits: dict[str, Bits] = {}
+        if metric == "top1":
+            unknown = [each for pair in pairs.values() if not self._ties.known(metric, *pair) for each in pair]
+            bits = self._bits.get(session, (r.evaluation_id for each in unknown for r in each.runs if r.evaluation_id))
+        return {id: self._ties.tied(metric, *pair, bits) for id, pair in pairs.items()}
+
+
+def _contender(row: dict[str, Any]) -> Contender:
+    runs = tuple(Run((seed, shots), value, evaluation) for _, seed, shots, value, evaluation, _ in row["runs"])
+    return Contender(runs, row["untrained"])
+
+
+def _row(row: dict[str, Any], tied: bool | None) -> LeaderboardRow:
+    return LeaderboardRow(
+        **{name: row[name] for name in LeaderboardRow.model_fields if name in row and name != "rank"},
+        rank=None if row["data_changed"] else row["rank"],
+        few_seeds=row["n"] < FEW_SEEDS and not row["untrained"],
+        tied_with_best=tied,
+        tags=sorted({tag for run in row["runs"] for tag in run[5]}),
+        classifier_ids=[run[0] for run in row["runs"]],
     )
-    return Leaderboard(
-        dataset_id=dataset.id,
-        dataset_name=dataset.name,
-        data_fingerprint=dataset.fingerprint or "",
-        split=split,
-        metric=metric,
-        higher_is_better=higher,
-        rows=[LeaderboardRow.model_validate(dict(row)) for row in found.mappings()],
-    )
-
-
-def to_csv(board: Leaderboard) -> str:
-    """One line per row; lists and objects as JSON."""
-    names = list(LeaderboardRow.model_fields)
-    out = io.StringIO()
-    writer = csv.DictWriter(out, ["dataset_id", "split", "metric", *names])
-    writer.writeheader()
-    for row in board.rows:
-        cells = {k: _cell(v) for k, v in row.model_dump().items()}
-        writer.writerow({"dataset_id": board.dataset_id, "split": board.split, "metric": board.metric, **cells})
-    return out.getvalue()
-
-
-def _cell(value: object) -> object:
-    """A spreadsheet must not run a user's text as a formula."""
-    if isinstance(value, (dict, list)):
-        return json.dumps(value, sort_keys=True)
-    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
-        return "'" + value
-    return value

@@ -1,19 +1,19 @@
-"""REST: evaluations, the leaderboard, and the API keys of all services."""
+"""REST: evaluations, and the API keys of all services."""
 
-from typing import Annotated, Any, Literal
+from contextlib import ExitStack
+from typing import Any
 
-from fastapi import APIRouter, Query
-from fastapi.responses import PlainTextResponse
+from fastapi import APIRouter
+from fastapi.responses import FileResponse
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
+from starlette.background import BackgroundTask
 
-from services.evaluator import leaderboard
-from shared.auth import Admin, Principal, Reader, create_key
-from shared.datasets.lookup import get_dataset
-from shared.db.models import ApiKey, Classifier, Job, Score
+from services.evaluator import rescoring
+from services.evaluator.submission import submit
+from shared.auth import Admin, Reader, Writer, create_key
+from shared.db.models import ApiKey, Job
 from shared.errors import NotFound
-from shared.ids import new_id
-from shared.jobs import ledger
 from shared.jobs.routes import SubmissionDep, job_routes
 from shared.paging import page
 from shared.schemas import common
@@ -24,64 +24,53 @@ from shared.web import After, CoreDep, Limit
 router = APIRouter(prefix="/v1", tags=["evaluator"])
 
 
-def render(session: Session, job: Job) -> schema.Evaluation:
-    of_this = (Score.classifier_id == job.request["classifier_id"], Score.split == job.request["split"])
-    done = job.status == "succeeded"
-    scores = session.execute(select(Score.metric, Score.value).where(*of_this)).all() if done else []
+def render(_: Session, job: Job) -> schema.Evaluation:
     life = common.JobResource.model_validate(job).model_dump()
-    found = {metric: value for metric, value in scores} or None
-    return schema.Evaluation(**life, dataset_id=job.dataset_id, **job.request, result=job.result, scores=found)
+    result = dict(job.result or {})
+    asked = {**job.request, "dataset_id": job.dataset_id}
+    if asked.get("classifier_id") is None:  # a bare model's is known once it was scored
+        asked["classifier_id"] = result.get("classifier_id")
+    return schema.Evaluation(**life, **asked, scores=result.pop("scores", None), result=result or None)
 
 
-@router.post("/evaluations", status_code=202, response_model=schema.Evaluation, summary="Score a classifier on a split")
+@router.post(
+    "/evaluations", status_code=202, response_model=schema.Evaluation, summary="Score a classifier or a bare model"
+)
 def create_evaluation(body: schema.EvaluationRequest, submission: SubmissionDep) -> Any:
-    return submission.accept(body.model_dump_json(), lambda s: _submit(s, submission.who, body), render)
+    return submission.accept(body.model_dump_json(), lambda s: submit(s, submission.who, body), render)
 
 
-def _submit(session: Session, who: Principal, body: schema.EvaluationRequest) -> str:
-    query = select(Classifier).where(Classifier.id == body.classifier_id, who.sees(Classifier.owner))
-    classifier = session.scalar(query.with_for_update())
-    if classifier is None:
-        raise NotFound(
-            f"there is no classifier '{body.classifier_id}' among yours; GET /v1/classifiers lists them",
-            param="classifier_id",
-        )
-    get_dataset(session, who, classifier.dataset_id, lock=True)
-    job = ledger.create(
-        session,
-        id=new_id("eval"),
-        kind="evaluate",
-        owner=classifier.owner,
-        request=body.model_dump(),
-        dataset_id=classifier.dataset_id,
-    )
-    return job.id
-
-
-router.include_router(job_routes("evaluate", "/evaluations", render, schema.Evaluation))
+@router.post(
+    "/evaluations/{id}/rescore",
+    response_model=schema.Evaluation,
+    summary="Compute every metric anew from the predictions kept, without the model",
+)
+def rescore(id: str, core: CoreDep, who: Writer) -> Any:
+    """For metrics that are newer than the evaluation. What needs the model (robustness, forgetting, latency) stays."""
+    return rescoring.rescore(core, who, id, render)
 
 
 @router.get(
-    "/leaderboard",
-    response_model=schema.Leaderboard,
-    summary="Every setting on a data set, ranked: mean and standard error over seeds",
-    responses={200: {"content": {"text/csv": {}}}},
+    "/evaluations/{id}/predictions",
+    response_class=FileResponse,
+    summary="Logits of every image, as Parquet",
+    responses={200: {"content": {"application/vnd.apache.parquet": {}}}},
 )
-def read_leaderboard(
-    core: CoreDep,
-    who: Reader,
-    dataset_id: Annotated[str, Query(max_length=100)],
-    metric: Annotated[str, Query(max_length=50)] = "top1",
-    split: common.Split = "test",
-    shots: Annotated[
-        Annotated[int, Query(ge=1, lt=2**31)] | Literal["full"] | None, Query(description="a number, `full`, or all")
-    ] = None,
-    format: Literal["json", "csv"] = "json",
-) -> Any:
+def read_predictions(id: str, core: CoreDep, who: Reader) -> FileResponse:
+    """Columns: image_id, path, label, logits; the class names stand in the file's metadata."""
     with core.transaction() as session:
-        dataset = get_dataset(session, who, dataset_id)
-        board = leaderboard.read(session, who, dataset, metric=metric, split=split, shots=shots)
-    return PlainTextResponse(leaderboard.to_csv(board), media_type="text/csv") if format == "csv" else board
+        key = rescoring.standing(session, who, id).predictions_key
+    opened = ExitStack()
+    path = opened.enter_context(core.store.local_file(key))
+    return FileResponse(
+        path,
+        media_type="application/vnd.apache.parquet",
+        filename=f"{id}.parquet",
+        background=BackgroundTask(opened.close),
+    )
+
+
+router.include_router(job_routes("evaluate", "/evaluations", render, schema.Evaluation))
 
 
 @router.post("/keys", status_code=201, response_model=key_schema.NewKey, summary="Make an API key", tags=["keys"])

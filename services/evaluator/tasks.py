@@ -1,64 +1,91 @@
-"""The evaluation job: a classifier's logits over a split, and every metric of them."""
+"""The evaluation job: a classifier's logits over a split, every metric of them, and what else was asked for."""
+
+from dataclasses import asdict
+from typing import Any
 
 import torch
-from sqlalchemy import select
-from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session
 
-from services.evaluator.metrics import score
-from shared.classifier import load_classifier
-from shared.datasets.lookup import split_images
-from shared.datasets.tensors import load_images
-from shared.db.models import Classifier, Dataset, Score
-from shared.errors import InvalidInput, NotFound
+from services.evaluator import bare, predictions, tables, temperature, warm
+from services.evaluator.classes import check_classes
+from services.evaluator.gathering import Sources, gather
+from services.evaluator.measuring import embedded, measure
+from services.evaluator.metrics import Predictions, scores
+from services.evaluator.predictions import Kept
+from services.evaluator.recording import Scored
+from services.evaluator.settings import EvaluatorSettings
+from services.evaluator.subject import OnBase, Subject, open_subject
+from services.evaluator.temperature import Temperature
+from shared.head import Head
 from shared.jobs.claim import Claim
 from shared.jobs.worker import Finish
 from shared.schemas.evaluations import EvaluationRequest
 
-CHUNK = 256  # images in memory at a time
-
 
 def evaluate(claim: Claim) -> Finish:
     request = EvaluationRequest.model_validate(claim.request)
+    settings = EvaluatorSettings()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     with claim.core.transaction() as session:
-        row = session.scalar(select(Classifier).where(Classifier.id == request.classifier_id))
-        if row is None:
-            raise NotFound(f"the classifier {request.classifier_id} was deleted", param="classifier_id")
-        dataset = session.get(Dataset, row.dataset_id)
-        if dataset is None:
-            raise NotFound(f"the data set {row.dataset_id} was deleted", param="dataset_id")
-        images = split_images(session, dataset.id, request.split)
-    if not images:
-        raise InvalidInput(f"the split '{request.split}' has no images", code="empty_split", param="split")
+        sources = gather(session, request)
     claim.progress("loading the model", 0, 1)
-    with claim.core.store.local_folder(row.storage_key) as folder:
-        classifier = load_classifier(folder, "cuda" if torch.cuda.is_available() else "cpu")
-    names = [c["name"] for c in dataset.classes or ()]
-    if names != classifier.card.class_names:
-        raise InvalidInput(
-            f"the classifier's {len(classifier.card.class_names)} classes are not the data set's {len(names)} classes",
-            code="class_lists_differ",
+    subject, head = _open(claim, request, sources, settings)
+
+    logits = head.logits(embedded(claim, subject, sources.images, "scoring"))
+    fitted = _temperature(claim, subject, head, sources)
+    predicted = Predictions(logits, sources.labels(sources.images), None if fitted is None else fitted.value)
+    found = scores(predicted)
+    result: dict[str, Any] = {
+        "images": len(sources.images),
+        "classes": len(sources.class_names),
+        "per_class": tables.per_class(predicted, sources.class_names),
+        "confusions": tables.confusions(predicted, sources.class_names),
+        "temperature": None if fitted is None else asdict(fitted),
+    }
+    for name, values, detail in measure(claim, request, sources, subject, head, settings):
+        found |= values
+        result[name] = detail
+
+    claim.progress("saving", 0, 1)
+    key = f"predictions/{claim.id}-{claim.attempt}.parquet"
+    ids, paths = [image.id for image in sources.images], [image.path for image in sources.images]
+    kept = Kept(ids, paths, predicted.labels, logits.numpy(), sources.class_names)
+    predictions.write(claim.core.store, key, kept)
+    folder = None
+    if sources.classifier is None:
+        assert request.model is not None
+        folder = f"classifiers/{claim.id}/{claim.attempt}"
+        bare.save(claim.core.store, folder, subject.clip, head, request.model, sources.dataset, claim.id)
+    scored = Scored(found, result, predicted.predicted == predicted.labels, key, folder)
+    return lambda session: scored.write(session, claim, request, sources)
+
+
+def _open(
+    claim: Claim, request: EvaluationRequest, sources: Sources, settings: EvaluatorSettings
+) -> tuple[Subject, Head]:
+    """What embeds, and the head to score by. Raises InvalidInput where the head is for other classes."""
+    core = claim.core.settings
+    if sources.classifier is None:
+        assert request.model is not None
+        bare_model = OnBase(warm.model(request.model, core, settings))
+        return bare_model, bare_model.zero_shot(sources.display_names)
+    with claim.core.store.local_folder(sources.classifier.storage_key) as folder:
+        subject, own, class_names = open_subject(
+            folder, lambda name: warm.model(name, core, settings), warm.cache(core), warm.place(settings)
         )
-    labels = {name: i for i, name in enumerate(names)}
-    logits = []
-    for start in range(0, len(images), CHUNK):
-        claim.progress("scoring", start, len(images))
-        part = load_images(claim.core.store, images[start : start + CHUNK], classifier.clip, lambda _: claim.check())
-        logits.append(classifier.logits(part))
-    scores = score(torch.cat(logits), [labels[image.class_name] for image in images])
+    if request.head == "zero_shot":
+        return subject, subject.zero_shot(sources.display_names)
+    check_classes(
+        class_names,
+        sources.class_names,
+        "Score it with the head 'zero_shot', which takes the data set's class names, or on data with its own classes",
+    )
+    return subject, own
 
-    def finish(session: Session) -> dict[str, int]:
-        rows = [
-            {
-                "classifier_id": row.id,
-                "split": request.split,
-                "metric": metric,
-                "value": value,
-                "evaluation_id": claim.id,
-            }
-            for metric, value in scores.items()
-        ]
-        session.execute(insert(Score).on_conflict_do_nothing(), rows)
-        return {"images": len(images), "classes": len(names)}
 
-    return finish
+def _temperature(claim: Claim, subject: Subject, head: Head, sources: Sources) -> Temperature | None:
+    """Fitted on the val split; None where there is none, and where val is what is scored."""
+    if not sources.val:
+        return None
+    logits = head.logits(embedded(claim, subject, sources.val, "scoring the val split"))
+    return temperature.fit(logits, sources.labels(sources.val))

@@ -2,13 +2,13 @@
 
 from fastapi import FastAPI
 
-from services.trainer import routes
+from services.trainer import groups, routes
 from shared.config import CoreSettings
 from shared.core import Core
 from shared.logging import configure
 from shared.web import create_api
 
-ROUTERS = (routes.router,)
+ROUTERS = (routes.router, groups.router)
 
 
 def create_app() -> FastAPI:

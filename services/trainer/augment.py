@@ -1,7 +1,9 @@
 """Light augmentation of a batch, as open_clip trains: a random resized crop of 90-100% of the area, bicubic with
-antialiasing, and an optional mirror. Pixels stay uint8, so on the CPU the resampling is PIL's, in integers."""
+antialiasing, and an optional mirror. Pixels stay uint8: on the CPU the resampling is PIL's, in integers; on a GPU it is
+the same filter as two matrix products per image, which differs by rounding."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,28 @@ from torch import Tensor
 SCALE = (0.9, 1.0)  # share of the image's area
 RATIO = (3 / 4, 4 / 3)  # width over height
 ATTEMPTS = 10  # draws before the whole image is taken
+_AT_ONCE = 128  # images resampled at a time on a GPU: their filters are (S, S) each
+
+
+@dataclass(frozen=True)
+class Crops:
+    """boxes (B, 4) int64: top, left, height, width; mirrored (B,) bool."""
+
+    boxes: Tensor
+    mirrored: Tensor
+
+    def part(self, start: int, stop: int) -> "Crops":
+        return Crops(self.boxes[start:stop], self.mirrored[start:stop])
+
+
+def augment(images: Tensor, rng: torch.Generator, *, flip: bool) -> Tensor:
+    """images (B, 3, S, S) uint8 -> the same shape and type, each image cropped and perhaps mirrored on its own."""
+    return crop(images, draw_crops(len(images), images.shape[-1], rng, flip=flip))
+
+
+def draw_crops(n: int, size: int, rng: torch.Generator, *, flip: bool) -> Crops:
+    boxes = crop_boxes(n, size, rng)
+    return Crops(boxes, torch.rand(n, generator=rng) < 0.5 if flip else torch.zeros(n, dtype=torch.bool))
 
 
 def crop_boxes(n: int, size: int, rng: torch.Generator) -> Tensor:
@@ -33,18 +57,46 @@ def crop_boxes(n: int, size: int, rng: torch.Generator) -> Tensor:
     return torch.stack([top, left, h, w], 1)
 
 
-def augment(images: Tensor, rng: torch.Generator, *, flip: bool) -> Tensor:
-    """images (B, 3, S, S) uint8 -> the same shape and type, each image cropped and perhaps mirrored on its own."""
-    n, size = len(images), images.shape[-1]
-    boxes = crop_boxes(n, size, rng).tolist()
-    mirrored = (torch.rand(n, generator=rng) < 0.5).tolist() if flip else [False] * n
+def crop(images: Tensor, crops: Crops) -> Tensor:
+    """Crop, resize back and mirror: (B, 3, S, S) uint8 -> the same."""
+    if images.device.type != "cpu":
+        parts = range(0, len(images), _AT_ONCE)
+        return torch.cat([resample(images[i : i + _AT_ONCE], crops.part(i, i + _AT_ONCE)) for i in parts])
+    size = images.shape[-1]
     out = torch.empty_like(images)
-    for i, (top, left, h, w) in enumerate(boxes):
-        crop = images[i : i + 1, :, top : top + h, left : left + w]
-        if images.device.type != "cpu":
-            crop = crop.float()  # uint8 resampling exists on the CPU only
-        crop = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)
-        if crop.is_floating_point():
-            crop = crop.round().clamp(0, 255)
-        out[i] = (crop.flip(-1) if mirrored[i] else crop)[0]
+    mirrored = crops.mirrored.tolist()
+    for i, (top, left, h, w) in enumerate(crops.boxes.tolist()):
+        box = images[i : i + 1, :, top : top + h, left : left + w]
+        box = F.interpolate(box, (size, size), mode="bicubic", antialias=True)
+        out[i] = (box.flip(-1) if mirrored[i] else box)[0]
     return out
+
+
+def resample(images: Tensor, crops: Crops) -> Tensor:
+    """What `crop` does, as matrix products: output = rows' filter @ image @ columns' filter, without a loop over the
+    images nor a wait for the device."""
+    size = images.shape[-1]
+    boxes = crops.boxes.pin_memory() if images.device.type == "cuda" else crops.boxes
+    top, left, h, w = boxes.to(images.device, torch.float32, non_blocking=True).T
+    mirrored = crops.mirrored.to(images.device, non_blocking=True)
+    columns = _filter(left, w, size)
+    columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
+    wide = images.float() @ columns.transpose(1, 2)[:, None]
+    tall = _filter(top, h, size)[:, None] @ wide.round().clamp(0, 255)  # PIL keeps bytes between its passes too
+    return tall.round().clamp(0, 255).to(torch.uint8)
+
+
+def _filter(start: Tensor, length: Tensor, size: int) -> Tensor:
+    """Weights (B, size, size) by which each of `size` outputs sums the inputs of [start, start + length), (B,) both.
+    Keys's cubic at a = -0.5, as PIL's bicubic; lengths are at most `size`, so nothing has to be widened."""
+    place = torch.arange(size, device=start.device) + 0.5
+    centre = start[:, None] + place * (length / size)[:, None]
+    distance = (place - centre[..., None]).abs()
+    weight = torch.where(
+        distance < 1,
+        (1.5 * distance - 2.5) * distance**2 + 1,
+        ((-0.5 * distance + 2.5) * distance - 4) * distance + 2,
+    ).masked_fill(distance >= 2, 0)
+    inside = (place > start[:, None]) & (place < (start + length)[:, None])
+    weight = weight * inside[:, None]
+    return weight / weight.sum(-1, keepdim=True)

@@ -1,27 +1,41 @@
 """Writes a trained classifier as a folder (layout and reader: shared/classifier.py)."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import open_clip
 import torch
-from pydantic import JsonValue
+from pydantic import BaseModel, JsonValue
 from safetensors.torch import save_file
+from torch import Tensor
 
-from services.trainer.loop import TrainResult
-from services.trainer.methods.base import Method
-from services.trainer.state import fsync
-from shared.classifier import CARD, PROTOTYPES, ClassifierCard, Preprocessing, sha256_file
+from services.trainer.reports import TrainResult
+from shared.classifier import CARD, CHANGED, HEAD, ClassifierCard, Preprocessing, sha256_file
 from shared.clip import LoadedClip, save_clip
+from shared.head import Head
 from shared.local_dir import WEIGHTS
+
+
+class Maker(Protocol):
+    """What the card says of a method."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> Literal["zero_shot", "frozen", "fine_tune"]: ...
+
+    @property
+    def hyperparameters(self) -> BaseModel: ...
 
 
 def write_classifier(
     directory: Path,
     clip: LoadedClip,
-    method: Method,
+    method: Maker,
     result: TrainResult,
     *,
     base_model: str,
@@ -33,17 +47,29 @@ def write_classifier(
     validation: Literal["none", "few_shot", "full"],
     provenance: Mapping[str, JsonValue] | None = None,
 ) -> ClassifierCard:
-    """Write the whole folder and flush it to disk. Not atomic: write into a temporary directory and rename it.
+    """Write the whole folder: with the weights where the method trains the model, else the head and the tensors that
+    differ from the base model's (a few KB for most methods). Neither atomic nor flushed: `Store.put_folder` is.
 
-    clip: the base model that `train` was given; class_names and display_names in the order of the prototypes' rows;
-    the rest goes into the card, which is returned.
+    clip: the base model that the method was given; class_names and display_names in the order of the head's rows; the
+    rest goes into the card, which is returned.
     """
-    save_clip(clip, result.model_state, directory)
-    save_file({"prototypes": result.prototypes.contiguous()}, directory / PROTOTYPES)
+    directory.mkdir(parents=True, exist_ok=True)
+    files, changed = [HEAD], [] if method.kind == "fine_tune" else sorted(result.model_state)
+    save_file({"weight": result.head.weight.contiguous(), "bias": result.head.bias.contiguous()}, directory / HEAD)
+    if method.kind == "fine_tune":
+        save_clip(clip, result.model_state, directory)
+        files.append(WEIGHTS)
+    elif changed:
+        save_file(_own_memory(result.model_state), directory / CHANGED)
+        files.append(CHANGED)
     card = ClassifierCard(
         base_model=base_model,
+        base_revision=clip.revision,
         architecture=clip.name,
         activation="quick_gelu" if clip.config["model_cfg"].get("quick_gelu") else "gelu",
+        head_kind=_kind(result.head, result.model_state.get("logit_scale", clip.model.logit_scale)),
+        weights="own" if method.kind == "fine_tune" else "base",
+        changed=changed,
         class_names=list(class_names),
         display_names=list(display_names),
         preprocessing=Preprocessing(
@@ -63,14 +89,25 @@ def write_classifier(
         best_epoch=result.best_epoch,
         provenance=dict(provenance or {}),
         versions={"captune": _captune_version(), "torch": torch.__version__, "open_clip": open_clip.__version__},
-        sha256={name: sha256_file(directory / name) for name in (WEIGHTS, PROTOTYPES)},
+        sha256={name: sha256_file(directory / name) for name in files},
     )
     (directory / CARD).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    for path in (directory / PROTOTYPES, directory / CARD, directory):
-        fsync(path)
     return card
 
 
+def _kind(head: Head, logit_scale: Tensor) -> Literal["prototypes", "linear"]:
+    """Prototypes are rows of the length exp(logit_scale), and no bias."""
+    lengths = head.weight.norm(dim=1)
+    scale = logit_scale.detach().float().cpu().exp().squeeze()
+    same = torch.allclose(lengths, scale.expand_as(lengths), rtol=1e-4)
+    return "prototypes" if same and not head.bias.any() else "linear"
+
+
+def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+
+
+@cache
 def _captune_version() -> str:
     try:
         return version("captune")

@@ -1,11 +1,13 @@
-"""The MMFT objective (arXiv 2601.21426) as one soft-target cross-entropy.
+"""The losses. First the MMFT objective (arXiv 2601.21426) as one soft-target cross-entropy:
 
 L = w * L_sup + (1 - w) * L_clip, each averaged over image->text and text->image. L_clip is CLIP's contrastive
 cross-entropy, whose target for row i is its own pair. L_sup is supervised contrastive (SupCon, arXiv 2004.11362; UniCL,
 arXiv 2204.03610): the mean log-probability of row i's same-class pairs. Both are cross-entropies on the same softmax,
 so L is the cross-entropy with the mixed target, and `log_softmax` keeps it finite at any logit scale.
 
-Shapes: B batch, D embedding. Logits are nats-scaled cosines, losses are in nats.
+Then those over class logits: plain and soft-target cross-entropy, and TeS (arXiv 2304.01489).
+
+Shapes: B batch, C classes, D embedding. Logits are nats-scaled cosines, losses are in nats.
 """
 
 from typing import Literal
@@ -49,3 +51,27 @@ def mmft_loss(
         clip = -log_p.diagonal().mean()
         sup = -(soft_targets(labels, 1.0, variant).to(log_p.dtype) * log_p).sum(1).mean()
     return loss, {"clip": clip, "sup": sup}
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy of logits (B, C) against labels (B,), `label_smoothing` of whose target is spread evenly over
+    the C classes, the label's own among them: ()."""
+    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (B, C) against targets (B, C), each row a distribution: ()."""
+    return -(targets * F.log_softmax(logits, dim=1)).sum(1).mean()
+
+
+def tes_loss(
+    logits: Tensor, text_logits: Tensor, labels: Tensor, lambda_v: float, lambda_t: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """TeS: the head's logits (B, C) against (1 - lambda_v) * onehot + lambda_v * softmax(text_logits), and lambda_t
+    times the cross-entropy of the text classifier's logits (B, C), already divided by their temperature. No gradient
+    flows through the target. Returns (loss (), {"vision": the former, "text": the latter without its weight}), the
+    parts detached."""
+    onehot = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+    target = (1 - lambda_v) * onehot + lambda_v * F.softmax(text_logits.detach(), dim=1)
+    vision, text = soft_cross_entropy(logits, target), cross_entropy(text_logits, labels)
+    return vision + lambda_t * text, {"vision": vision.detach(), "text": text.detach()}

@@ -15,7 +15,7 @@ from torch import Tensor
 from shared.errors import InvalidInput
 
 FILE = "state.safetensors"
-FORMAT = 1
+FORMAT = 2
 
 
 def write_state(directory: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:

@@ -75,6 +75,7 @@ class Job(Base):
     kind: Mapped[str]
     owner: Mapped[str]
     dataset_id: Mapped[str | None] = mapped_column(index=True)
+    group_id: Mapped[str | None] = mapped_column(ForeignKey("run_groups.id", ondelete="SET NULL"), index=True)
     status: Mapped[str] = mapped_column(server_default="queued")
     request: Mapped[dict[str, Any]]
     result: Mapped[dict[str, Any] | None]
@@ -92,6 +93,17 @@ class Job(Base):
     queued_at: Mapped[datetime] = mapped_column(server_default=func.now())
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+
+
+class RunGroup(Base):
+    """Fine-tuning jobs that were submitted together to be compared. How it stands follows from its jobs."""
+
+    __tablename__ = "run_groups"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(index=True)
+    dataset_id: Mapped[str] = mapped_column(index=True)
+    name: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class JobEvent(Base):
@@ -186,7 +198,7 @@ class Checkpoint(Base):
     __table_args__ = (UniqueConstraint("job_id", "kind", "step"),)
     id: Mapped[str] = mapped_column(primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
-    kind: Mapped[str]  # "resume" (full training state) or "best" (the classifier)
+    kind: Mapped[str]  # "resume" (full training state), "best" (the classifier) or "last" (that of the last epoch)
     step: Mapped[int]
     epoch: Mapped[int]
     storage_key: Mapped[str]
@@ -195,11 +207,25 @@ class Checkpoint(Base):
 
 
 class Classifier(Base):
+    """What a fine-tuning job made, what was uploaded, or a model as an evaluation found it."""
+
     __tablename__ = "classifiers"
-    __table_args__ = (Index("ix_classifiers_dataset_id_owner", "dataset_id", "owner"),)
+    __table_args__ = (
+        Index("ix_classifiers_dataset_id_owner", "dataset_id", "owner"),
+        Index("ix_classifiers_dataset_id_setting", "dataset_id", "setting"),
+        Index(  # all that a leaderboard reads of every run; no text of a user's, whose length has no such bound
+            "ix_classifiers_leaderboard",
+            "id",
+            postgresql_include=[
+                *("owner", "dataset_id", "data_fingerprint", "setting", "protocol"),
+                *("shots", "shot_seed", "seed", "pinned", "group_id"),
+            ],
+        ),
+    )
     id: Mapped[str] = mapped_column(primary_key=True)
     owner: Mapped[str]
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), unique=True)
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"), unique=True)  # None: uploaded
+    group_id: Mapped[str | None] = mapped_column(ForeignKey("run_groups.id", ondelete="SET NULL"), index=True)
     dataset_id: Mapped[str]
     model: Mapped[str]
     method: Mapped[str]
@@ -211,19 +237,61 @@ class Classifier(Base):
     caption_job_id: Mapped[str | None]
     captioner: Mapped[str | None]  # engine revision the captions came from
     suffix: Mapped[str | None]
+    setting: Mapped[str]  # hash of all that a user chose but the seeds (shared/settings_key.py): a leaderboard row
+    tags: Mapped[list[str]] = mapped_column(server_default="{}")
+    pinned: Mapped[bool] = mapped_column(server_default="false")  # shown on the leaderboard whatever the filter
     data_fingerprint: Mapped[str]
     storage_key: Mapped[str]
     details: Mapped[dict[str, Any]]  # val metric, best epoch, train seconds, captions used, parameters
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
+class Evaluation(Base):
+    """A classifier scored on a split of a data set; its logits are a Parquet file in the store. At most one stands for
+    each (classifier, data set, split, head)."""
+
+    __tablename__ = "evaluations"
+    __table_args__ = (UniqueConstraint("classifier_id", "dataset_id", "split", "head"),)
+    id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    owner: Mapped[str]
+    classifier_id: Mapped[str] = mapped_column(ForeignKey("classifiers.id", ondelete="CASCADE"))
+    dataset_id: Mapped[str] = mapped_column(index=True)
+    split: Mapped[str]
+    head: Mapped[str]  # "own", or "zero_shot": the data set's class names through the classifier's text tower
+    data_fingerprint: Mapped[str]  # of the data set as it was scored
+    predictions_key: Mapped[str]
+    images: Mapped[int]
+    correct: Mapped[bytes]  # one bit per image, ordered by path: was the top class right (numpy.packbits)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
 class Score(Base):
-    """One score per (classifier, split, metric)."""
+    """One score per (classifier, data set, split, head, metric)."""
 
     __tablename__ = "scores"
+    __table_args__ = (
+        Index(
+            "ix_scores_leaderboard",
+            "dataset_id",
+            "split",
+            "metric",
+            "head",
+            postgresql_include=["classifier_id", "value"],
+        ),
+    )
     classifier_id: Mapped[str] = mapped_column(ForeignKey("classifiers.id", ondelete="CASCADE"), primary_key=True)
+    dataset_id: Mapped[str] = mapped_column(primary_key=True)
     split: Mapped[str] = mapped_column(primary_key=True)
+    head: Mapped[str] = mapped_column(primary_key=True)
     metric: Mapped[str] = mapped_column(primary_key=True)
     value: Mapped[float]
     evaluation_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class LeaderboardVersion(Base):
+    """Raised by whatever changes what a data set's leaderboard shows: its ETag."""
+
+    __tablename__ = "leaderboard_versions"
+    dataset_id: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(BigInteger)

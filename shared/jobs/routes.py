@@ -7,13 +7,13 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from shared import idempotency
 from shared.auth import Principal, Reader, Writer
 from shared.core import Core
-from shared.db.models import FINAL, Job, JobEvent
+from shared.db.models import FINAL, Base, Job, JobEvent
 from shared.errors import NotFound
 from shared.jobs import ledger
 from shared.paging import page
@@ -21,6 +21,9 @@ from shared.schemas import common
 from shared.web import After, CoreDep, IdempotencyKey, Limit, accepted
 
 R = TypeVar("R", bound=common.JobResource)
+S = TypeVar("S", bound=common.Resource)
+M = TypeVar("M", bound=Base)
+Where = list[ColumnElement[bool]]
 SSE_POLL_SECONDS = 0.3
 NOUNS = {"ingest": "data set", "caption": "caption job", "fine_tune": "fine-tuning job", "evaluate": "evaluation"}
 
@@ -50,30 +53,53 @@ class Submission:
 
     def accept(self, asked: str, create: Callable[[Session], str], render: Callable[[Session, Job], R]) -> R:
         """`asked`: the body as text, what a repeated Idempotency-Key is held to; `create` returns the job's id."""
+        return self.accept_as(Job, self._path, asked, create, render)
+
+    def accept_as(
+        self,
+        of: type[M],
+        location: str,
+        asked: str,
+        create: Callable[[Session], str],
+        render: Callable[[Session, M], S],
+    ) -> S:
+        """`create` returns the id of a row of `of`, which is to be found below `location`."""
         with self.core.transaction() as session:
             asked = f"POST {self._path} {asked}"
-            job_id = idempotency.once(session, self.who.owner, self._key, asked, lambda: create(session))
-            accepted(self._response, f"{self._path}/{job_id}")
-            return render(session, session.get_one(Job, job_id))
+            id = idempotency.once(session, self.who.owner, self._key, asked, lambda: create(session), of)
+            accepted(self._response, f"{location}/{id}")
+            return render(session, session.get_one(of, id))
 
 
 SubmissionDep = Annotated[Submission, Depends()]
 
 
-def job_routes(kind: str, prefix: str, render: Callable[[Session, Job], R], model: type[R]) -> APIRouter:
-    """`render` makes the kind's resource from a ledger row."""
+def no_filters() -> Where:
+    return []
+
+
+def job_routes(
+    kind: str,
+    prefix: str,
+    render: Callable[[Session, Job], R],
+    model: type[R],
+    filters: Callable[..., Where] = no_filters,
+) -> APIRouter:
+    """`render` makes the kind's resource from a ledger row. `filters`: a dependency, whose query parameters are further
+    filters of the list."""
     router = APIRouter(prefix=prefix)
 
     @router.get("", response_model=common.Page[model], summary="List, newest first")  # type: ignore[valid-type]
     def list_jobs(
         core: CoreDep,
         who: Reader,
+        further: Annotated[Where, Depends(filters)],
         after: After = None,
         limit: Limit = 20,
         dataset_id: Annotated[str | None, Query(max_length=100)] = None,
         status: common.JobStatus | None = None,
     ) -> Any:
-        query = select(Job).where(Job.kind == kind, who.sees(Job.owner))
+        query = select(Job).where(Job.kind == kind, who.sees(Job.owner), *further)
         if dataset_id is not None:
             query = query.where(Job.dataset_id == dataset_id)
         if status is not None:

@@ -134,6 +134,43 @@ def test_jobs_list_filters(run: Run, pushed: str, captioned: str, trained: list[
     assert len(none) == 2, "a header and nothing below it"
 
 
+@pytest.fixture(scope="module")
+def swept(run: Run, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What a sweep over its own data set printed, as JSON: methods on frozen features, fine-tunes and their soup."""
+    archive = pictures.write_zip(tmp_path_factory.mktemp("sweep") / "swept.zip", pictures.by_split(4, 2, 2))
+    dataset = as_json(run("datasets", "push", str(archive), "--domain", "simple shapes", "--json"))
+    done = run(
+        "sweep", dataset["id"], "--methods", "linear_probe,flyp", "--models", str(models / "clip"), "--shots", "1,2",
+        "--seeds", "0,1", "--shot-seeds", "3", "--set", "epochs=1", "--set", "flyp.batch_size=4", "--name", "first",
+        "--tag", "cli", "--soup", "--json",
+    )  # fmt: skip
+    return as_json(done)
+
+
+def test_a_sweep_ends_with_its_leaderboard(run: Run, swept: Any) -> None:
+    group = swept["group"]
+    assert (group["name"], group["status"], group["counts"]) == ("first", "finished", {"succeeded": 8})
+    assert group["scored"] == 8, "2 probes, 4 fine-tunes and 2 soups"
+    rows = {(row["method"], row["shots"]): row["n"] for row in swept["leaderboard"]["rows"] if not row["pinned"]}
+    assert rows == {
+        ("linear_probe", 1): 1, ("linear_probe", 2): 1, ("flyp", 1): 2, ("flyp", 2): 2, ("soup", 1): 1, ("soup", 2): 1,
+    }  # fmt: skip
+    shown = run("groups", "show", group["id"]).stdout
+    assert shown == f"{group['id']}  finished: 8 succeeded; 8 scored\n"
+    assert group["id"] in run("groups", "list").stdout
+    more = run("sweep", group["dataset_id"], "--group", group["id"], "--methods", "gda", "--no-wait", "--json")
+    assert as_json(more)["runs"] == 9
+
+
+def test_methods_are_listed_and_shown(run: Run) -> None:
+    listed = run("methods").stdout
+    assert re.search(r"^mmft +fine_tune +True ", listed, re.M)
+    shown = run("methods", "mmft").stdout
+    assert re.search(r"^learning_rate +1e-05 +> 0, ≤ 1 ", shown, re.M), shown
+    assert "arXiv 2601.21426" in shown
+    assert "there is no method 'magic'" in run("methods", "magic", code=2).stderr
+
+
 def test_watch_tells_the_whole_story(run: Run, trained: list[str]) -> None:
     job_id = trained[0].split()[0]
     done = run("jobs", "watch", job_id)

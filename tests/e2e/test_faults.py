@@ -199,7 +199,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     assert job.attempt == 2
     assert 19 <= resumed_from(http, job) < 90, "a step may be reported and not yet saved"
     assert weights(client, stack, job) == undisturbed
-    assert sorted(undisturbed) == ["open_clip_model.safetensors", "prototypes.safetensors"]
+    assert sorted(undisturbed) == ["head.safetensors", "open_clip_model.safetensors"]
     assert [c.kind for c in client.checkpoints(job.id)] == ["best"], "the saved states are gone"
 
 

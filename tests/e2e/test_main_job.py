@@ -190,7 +190,7 @@ def test_the_leaderboard_ranks_every_method_over_its_seeds(
         assert row.mean == pytest.approx(statistics.fmean(scores))
         assert row.stderr == pytest.approx(statistics.stdev(scores) / math.sqrt(len(scores)))
         assert row.few_seeds
-        assert set(row.metrics) == {"top1", "top5", "macro_f1", "ece", "nll"}
+        assert {"top1", "top5", "macro_f1", "ece", "nll", "train_seconds"} <= set(row.metrics)
         assert sorted(row.classifier_ids) == sorted(str(run.fine_tuned_model) for run in runs)
     assert rows["zero_shot"].n == 1
     assert rows["zero_shot"].stderr is None
@@ -236,7 +236,7 @@ model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder
 tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(sys.argv[2:])
 with torch.no_grad():
     prototypes = model.eval().encode_text(tokens, normalize=True)
-saved = load_file(f"{folder}/prototypes.safetensors")["prototypes"]
+saved = torch.nn.functional.normalize(load_file(f"{folder}/head.safetensors")["weight"], dim=-1)
 print(json.dumps({
     "difference": (prototypes - saved).abs().max().item(),
     "size": preprocess.transforms[0].size,
@@ -263,7 +263,8 @@ def test_a_checkpoint_loads_with_open_clip_alone(
 
 def test_a_classifier_can_be_scored_on_another_split(client: Client, trained: dict[str, list[FineTuningJob]]) -> None:
     evaluation = succeeded(client, client.evaluate(str(trained["mmft"][0].fine_tuned_model), split="val"))
-    assert evaluation.result == {"images": 6, "classes": 3}
+    assert evaluation.result is not None
+    assert (evaluation.result["images"], evaluation.result["classes"]) == (6, 3)
     assert evaluation.scores is not None
     assert evaluation.scores["top5"] == 1.0, "there are only three classes"
 

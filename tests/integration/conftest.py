@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
@@ -118,6 +119,35 @@ def api(app: FastAPI, client_for: Callable[..., TestClient]) -> Api:
         reader=client_for("anna", "read"),
         nobody=client(app, None),
     )
+
+
+@pytest.fixture(scope="session")
+def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model "tiny"."""
+    from tests.tiny_clip import write_tiny_clip
+
+    return write_tiny_clip(tmp_path_factory.mktemp("models") / "tiny").parent
+
+
+@pytest.fixture
+def lab(core: Core, model_root: Path, tmp_path: Path) -> Iterator[Any]:
+    """A `tests.integration.evaluations.Lab`: the model "tiny", and room for its weights in an upload."""
+    from services.evaluator import loading, warm
+    from tests.integration.evaluations import Lab, open_model
+
+    changes = {"model_roots": [model_root], "model_cache": tmp_path, "cache_bytes": 64 * 2**20}
+    limits = {"max_json_bytes": 10**6, "max_upload_bytes": 2 * 10**7}
+    roomy = Core(core.settings.model_copy(update=changes | limits), core.db, core.queue, core.store)
+    app = create_api("Captune", roomy, ROUTERS)
+
+    def connect(owner: str, *scopes: Scope) -> TestClient:
+        with core.transaction() as session:
+            _, secret = create_key(session, owner=owner, name="test", scopes=scopes)
+        return client(app, secret)
+
+    yield Lab(roomy, open_model(model_root, tmp_path), connect)
+    warm._model.cache_clear()
+    loading._base.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 from PIL import Image as Picture
 
 from shared.core import Core
@@ -15,13 +16,18 @@ from shared.db.models import (
     Checkpoint,
     Classifier,
     Dataset,
+    Evaluation,
     Image,
     Job,
     JobEvent,
+    RunGroup,
     Score,
 )
 from shared.ids import new_id
 from shared.jobs import ledger
+from shared.leaderboard_version import bump
+from shared.schemas.captions import EXCLUDED_BY_DEFAULT
+from shared.settings_key import setting_of
 
 PREFIX = {"ingest": "ds", "caption": "cap", "fine_tune": "ft", "evaluate": "eval"}
 FINGERPRINT = "f" * 64
@@ -65,8 +71,10 @@ def add_job(
     return id
 
 
-def add_dataset(core: Core, owner: str = "anna", *, status: str = "succeeded", images: int = 0, **columns: Any) -> str:
-    """An ingested data set with the classes cat and dog; `images` of each class in train."""
+def add_dataset(
+    core: Core, owner: str = "anna", *, status: str = "succeeded", images: int = 0, val: int = 0, **columns: Any
+) -> str:
+    """An ingested data set with the classes cat and dog; `images` of each class in train, `val` of each in val."""
     id = new_id("ds")
     with core.transaction() as session:
         session.add(Job(id=id, kind="ingest", owner=owner, dataset_id=id, status=status, request={}))
@@ -87,10 +95,12 @@ def add_dataset(core: Core, owner: str = "anna", *, status: str = "succeeded", i
         session.flush()
         for i in range(2 * images):
             session.add(image_row(core, id, owner, i))
+        for i in range(2 * images, 2 * (images + val)):
+            session.add(image_row(core, id, owner, i, "val"))
     return id
 
 
-def image_row(core: Core, dataset_id: str, owner: str, number: int) -> Image:
+def image_row(core: Core, dataset_id: str, owner: str, number: int, split: str = "train") -> Image:
     data = png(number)
     name = ("cat", "dog")[number % 2]
     return Image(
@@ -99,7 +109,7 @@ def image_row(core: Core, dataset_id: str, owner: str, number: int) -> Image:
         dataset_id=dataset_id,
         path=f"{name}/{number}.png",
         class_name=name,
-        split="train",
+        split=split,
         sha256=core.store.put_blob(data),
         media_type="image/png",
         width=16,
@@ -161,15 +171,25 @@ def fine_tune_request(dataset_id: str, **changes: Any) -> dict[str, Any]:
         "model": "starter",
         "dataset_id": dataset_id,
         "caption_job_id": None,
-        "method": {"type": "flyp", "hyperparameters": {}},
+        "exclude_flags": list(EXCLUDED_BY_DEFAULT),
+        "method": {"type": "flyp", "preset": "default", "hyperparameters": {}},
         "shots": None,
         "shot_seed": 0,
         "seed": 0,
         "validation": "full",
+        "checkpoints": "best",
         "suffix": None,
+        "tags": [],
         "metadata": {},
     }
     return base | changes
+
+
+def add_group(core: Core, dataset_id: str, *, owner: str = "anna", name: str = "sweep") -> str:
+    id = new_id("grp")
+    with core.transaction() as session:
+        session.add(RunGroup(id=id, owner=owner, dataset_id=dataset_id, name=name))
+    return id
 
 
 def add_classifier(
@@ -179,11 +199,20 @@ def add_classifier(
     *,
     owner: str = "anna",
     split: str = "test",
+    head: str = "own",
+    scored_on: str | None = None,
+    scored_as: str | None = FINGERPRINT,
+    correct: Sequence[bool] = (),
     **columns: Any,
 ) -> str:
-    """A classifier with its fine-tuning job and, where there are scores, its evaluation."""
+    """A classifier with its fine-tuning job and, where there are scores, its evaluation: on the data set `scored_on` if
+    that is another, as it was when its fingerprint was `scored_as` (None: scores from before evaluations were kept);
+    `correct`: which images it got right."""
     request = fine_tune_request(dataset_id)
-    job_id = add_job(core, "fine_tune", owner=owner, request=request, dataset_id=dataset_id, status="succeeded")
+    group_id = columns.get("group_id")
+    job_id = add_job(
+        core, "fine_tune", owner=owner, request=request, dataset_id=dataset_id, status="succeeded", group_id=group_id
+    )
     id = new_id("clf")
     values = {
         "model": "starter",
@@ -196,27 +225,38 @@ def add_classifier(
         "storage_key": f"classifiers/{id}",
         "details": {"train_seconds": 2.0},
     }
+    row: dict[str, Any] = {"captioner": None, "shots": None, "suffix": None, **values, **columns}
+    chosen = ("protocol", "method", "model", "captioner", "shots", "hyperparameters", "suffix")
+    row.setdefault(
+        "setting", setting_of(**{name: row[name] for name in chosen}, captions=row["details"].get("captions"))
+    )
     with core.transaction() as session:
-        session.add(Classifier(id=id, owner=owner, job_id=job_id, dataset_id=dataset_id, **values | columns))
+        session.add(Classifier(**{"id": id, "owner": owner, "job_id": job_id, "dataset_id": dataset_id, **row}))
     if scores:
         evaluation = add_job(
             core,
             "evaluate",
             owner=owner,
             request={"classifier_id": id, "split": split},
-            dataset_id=dataset_id,
+            dataset_id=scored_on or dataset_id,
             status="succeeded",
         )
+        found = {"classifier_id": id, "dataset_id": scored_on or dataset_id, "split": split, "head": head}
+        bits = {"images": len(correct), "correct": np.packbits(np.array(correct, bool)).tobytes()}
         with core.transaction() as session:
+            if scored_as is not None:
+                kept = {"owner": owner, "data_fingerprint": scored_as, "predictions_key": evaluation, **bits}
+                session.add(Evaluation(id=evaluation, **found, **kept))
             for metric, value in scores.items():
-                session.add(Score(classifier_id=id, split=split, metric=metric, value=value, evaluation_id=evaluation))
+                session.add(Score(**found, metric=metric, value=value, evaluation_id=evaluation))
+            bump(session, scored_on or dataset_id)
     return id
 
 
-def add_checkpoint(core: Core, job_id: str, step: int = 1) -> str:
+def add_checkpoint(core: Core, job_id: str, step: int = 1, kind: str = "resume", key: str = "k") -> str:
     id = new_id("ckpt")
     with core.transaction() as session:
-        session.add(Checkpoint(id=id, job_id=job_id, kind="resume", step=step, epoch=1, storage_key="k", metrics={}))
+        session.add(Checkpoint(id=id, job_id=job_id, kind=kind, step=step, epoch=1, storage_key=key, metrics={}))
     return id
 
 

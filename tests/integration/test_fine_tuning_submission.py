@@ -5,9 +5,18 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from services.trainer.submission import identity
 from shared.core import Core
-from shared.db.models import Job
-from tests.integration.factories import add_dataset, add_job, caption_request, change_job, read_job
+from shared.db.models import Job, LeaderboardVersion
+from tests.integration.factories import (
+    add_checkpoint,
+    add_classifier,
+    add_dataset,
+    add_job,
+    caption_request,
+    change_job,
+    read_job,
+)
 from tests.integration.support import Api
 
 
@@ -51,7 +60,7 @@ def test_an_accepted_job_has_every_default_written_out(api: Api, core: Core, dat
 
 
 def test_an_unknown_method(api: Api, core: Core, dataset_id: str) -> None:
-    detail = refused(api, core, 422, "unknown_method", "method.type", dataset_id=dataset_id, method={"type": "lora"})
+    detail = refused(api, core, 422, "unknown_method", "method.type", dataset_id=dataset_id, method={"type": "magic"})
     assert "mmft" in detail, "the message tells which there are"
 
 
@@ -184,3 +193,92 @@ def test_a_baseline_whose_classifier_was_deleted_is_made_again(api: Api, core: C
         change_job(core, job.id, status="succeeded")  # and no classifier is left of it
     submit(api, dataset_id=dataset_id, method={"type": "flyp"}, seed=1)
     assert kinds(core) == {"flyp": 2, "zero_shot": 2, "zero_shot_ensemble": 2}
+
+
+def test_a_preset_and_the_same_numbers_by_hand_are_one_setting(api: Api, core: Core, dataset_id: str) -> None:
+    paper = submit(api, dataset_id=dataset_id, method={"type": "flyp", "preset": "paper"})[1]["method"]
+    by_hand = {"type": "flyp", "hyperparameters": paper["hyperparameters"]}
+    assert (
+        submit(api, dataset_id=dataset_id, method=by_hand)[1]["method"]["hyperparameters"] == paper["hyperparameters"]
+    )
+    assert paper["hyperparameters"]["epochs"] == 50, "every one is written out"
+    first, second = (identity(job.request) for job in jobs(core) if job.request["method"]["type"] == "flyp")
+    assert first == second
+
+
+def test_an_unknown_preset(api: Api, core: Core, dataset_id: str) -> None:
+    method = {"type": "flyp", "preset": "best"}
+    refused(api, core, 422, "invalid_request", "method.preset", dataset_id=dataset_id, method=method)
+
+
+@pytest.mark.parametrize("validation", ["full", "few_shot"])
+def test_validation_on_a_data_set_without_val_images(api: Api, core: Core, validation: str) -> None:
+    counts = {"train": {"cat": 6, "dog": 6}, "val": {}, "test": {"cat": 2, "dog": 2}}
+    body = {"dataset_id": add_dataset(core, counts=counts), "shots": 4, "validation": validation}
+    for method in ("flyp", "linear_probe"):
+        detail = refused(api, core, 422, "no_val_split", "validation", **body, method={"type": method})
+    assert "val_fraction" in detail, "the message says what to do"
+    assert submit(api, **body | {"validation": "none"}, method={"type": "flyp"})[0] == 202
+    assert submit(api, **body, method={"type": "zero_shot"})[0] == 202, "which chooses nothing"
+
+
+def test_an_interpolation_chosen_on_val_without_validation(api: Api, core: Core, dataset_id: str) -> None:
+    method = {"type": "flyp", "hyperparameters": {"wise_ft": "val"}}
+    param = "method.hyperparameters.wise_ft"
+    body = {"dataset_id": dataset_id, "method": method, "validation": "none"}
+    refused(api, core, 422, "invalid_hyperparameter", param, **body)
+
+
+def test_a_hyperparameter_that_would_be_ignored(api: Api, core: Core, dataset_id: str) -> None:
+    method = {"type": "flyp", "hyperparameters": {"lora_rank": 8}}
+    param = "method.hyperparameters.lora_rank"
+    detail = refused(api, core, 422, "invalid_hyperparameter", param, dataset_id=dataset_id, method=method)
+    assert "ignored" in detail
+
+
+def test_what_a_method_without_training_depends_on(api: Api, core: Core, dataset_id: str, captions: str) -> None:
+    """Its shots say whose captions; a probe's seed draws nothing but its shots."""
+    body = {"dataset_id": dataset_id, "shots": 4, "shot_seed": 3, "seed": 9, "checkpoints": "best_and_last"}
+    _, averaged = submit(api, **body, caption_job_id=captions, method={"type": "caption_prototypes"})
+    shown = ("shots", "shot_seed", "seed", "validation", "checkpoints")
+    assert [averaged[name] for name in shown] == [4, 3, 3, "none", "best"]
+    _, probe = submit(api, **body, method={"type": "linear_probe"})
+    assert [probe[name] for name in shown] == [4, 3, 3, "full", "best"]
+    _, whole = submit(api, **body | {"shots": None}, method={"type": "linear_probe"})
+    assert [whole[name] for name in shown] == [None, 0, 0, "full", "best"]
+    _, trained = submit(api, **body | {"shots": None}, method={"type": "flyp"})
+    assert [trained[name] for name in shown] == [None, 0, 9, "full", "best_and_last"]
+
+
+def test_a_classifier_is_tagged_and_pinned(api: Api, core: Core, dataset_id: str) -> None:
+    id = add_classifier(core, dataset_id, {"top1": 0.5})
+    path = f"/v1/classifiers/{id}"
+    assert api.anna.patch(path, json={"tags": ["a", "b", "a"]}).json()["tags"] == ["a", "b"]
+    pinned = api.anna.patch(path, json={"pinned": True}).json()
+    assert (pinned["pinned"], pinned["tags"]) == (True, ["a", "b"])
+    listed = api.anna.get("/v1/classifiers", params={"tag": "b"}).json()["data"]
+    assert [each["id"] for each in listed] == [id]
+    assert api.anna.get("/v1/classifiers", params={"tag": "c"}).json()["data"] == []
+    assert api.anna.patch(path, json={"tags": [""]}).status_code == 422
+    assert api.anna.patch(path, json={"setting": "x"}).status_code == 422
+    assert api.reader.patch(path, json={"pinned": False}).status_code == 403
+
+
+def test_a_deleted_classifier_takes_its_files_along(api: Api, core: Core, dataset_id: str) -> None:
+    id = add_classifier(core, dataset_id, {"top1": 0.5})
+    row = api.anna.get(f"/v1/classifiers/{id}").json()
+    add_checkpoint(core, row["job_id"], kind="last", key="classifiers/last")
+    for key in (row["storage_key"], "classifiers/last"):
+        core.store.put_bytes(f"{key}/head.safetensors", b"x")
+    version = leaderboard_version_of(core, dataset_id)
+    assert api.anna.delete(f"/v1/classifiers/{id}").status_code == 204
+    assert not core.store.exists(row["storage_key"])
+    assert not core.store.exists("classifiers/last")
+    assert leaderboard_version_of(core, dataset_id) > version
+    assert api.anna.get(f"/v1/classifiers/{id}").status_code == 404
+
+
+def leaderboard_version_of(core: Core, dataset_id: str) -> int:
+    with core.transaction() as session:
+        row = session.get(LeaderboardVersion, dataset_id)
+        return 0 if row is None else row.version

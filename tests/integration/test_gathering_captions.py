@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import select
 
 from services.trainer import methods
-from services.trainer.tasks import _gather
+from services.trainer.gathering import gather
 from shared.core import Core
 from shared.db.models import Image
 from shared.schemas.fine_tuning import FineTuningRequest
@@ -64,7 +64,7 @@ def test_flags_of_the_caption_and_of_the_job_decide(
     )
     request = FineTuningRequest.model_validate(values | chosen)
     with core.transaction() as session:
-        found = _gather(session, request, methods.build("mmft", {}))
+        found = gather(session, request, methods.build("mmft", {}))
     assert {text for some in found.captions.values() for text in some} == texts
     assert dict(found.left_out) == left_out
     assert set(found.captions) <= {cat.id, dog.id}

@@ -9,11 +9,13 @@ from sqlalchemy import select
 
 from shared.core import Core
 from shared.db.models import Image
+from tests.integration.evaluations import add_predictions, card_of
 from tests.integration.factories import (
     add_caption,
     add_checkpoint,
     add_classifier,
     add_dataset,
+    add_group,
     add_job,
     caption_request,
     fine_tune_request,
@@ -25,6 +27,9 @@ from tests.integration.support import Api
 BODIES: dict[tuple[str, str], dict[str, object]] = {
     ("PATCH", "/v1/datasets/{id}"): {"name": "ours", "display_names": {"cat": "ours"}},
     ("PATCH", "/v1/captions/{id}"): {"text": "ours", "excluded": True},
+    ("PATCH", "/v1/classifiers/{id}"): {"tags": ["ours"], "pinned": True},
+    ("POST", "/v1/fine_tuning/groups/{id}/runs"): {"methods": [{"type": "zero_shot"}]},
+    ("POST", "/v1/fine_tuning/groups/{id}/soup"): {},
 }
 
 
@@ -39,6 +44,7 @@ class Belongings:
     fine_tuning_job: str
     classifier: str
     evaluation: str
+    group: str
 
     def id_in(self, path: str) -> str:
         prefixes = {
@@ -49,6 +55,7 @@ class Belongings:
             "/v1/fine_tuning/jobs/": self.fine_tuning_job,
             "/v1/classifiers/": self.classifier,
             "/v1/evaluations/": self.evaluation,
+            "/v1/fine_tuning/groups/": self.group,
         }
         return next(id for prefix, id in prefixes.items() if path.startswith(prefix))
 
@@ -63,9 +70,12 @@ def annas(core: Core) -> Belongings:
     caption = add_caption(core, image, caption_job)
     fine_tuning_job = add_job(core, "fine_tune", request=fine_tune_request(dataset), dataset_id=dataset)
     add_checkpoint(core, fine_tuning_job)
-    classifier = add_classifier(core, dataset, {"top1": 0.5})
+    core.store.put_bytes("classifiers/1/captune.json", card_of().model_dump_json().encode())
+    classifier = add_classifier(core, dataset, {"top1": 0.5}, storage_key="classifiers/1")
     evaluation = add_job(core, "evaluate", request={"classifier_id": classifier, "split": "val"}, dataset_id=dataset)
-    return Belongings(dataset, image.id, caption_job, caption, fine_tuning_job, classifier, evaluation)
+    add_predictions(core, evaluation, classifier, dataset)
+    group = add_group(core, dataset)
+    return Belongings(dataset, image.id, caption_job, caption, fine_tuning_job, classifier, evaluation, group)
 
 
 def operations(app: FastAPI, *, with_id: bool) -> list[tuple[str, str]]:
@@ -98,9 +108,11 @@ def test_bens_tries_changed_nothing(api: Api, core: Core, annas: Belongings) -> 
     api.ben.patch(f"/v1/captions/{annas.caption}", json={"text": "ours"}, headers={"If-Match": "*"})
     api.ben.delete(f"/v1/datasets/{annas.dataset}")
     api.ben.delete(f"/v1/classifiers/{annas.classifier}")
+    api.ben.post(f"/v1/fine_tuning/groups/{annas.group}/runs", json={"methods": [{"type": "zero_shot"}]})
     assert read_job(core, annas.fine_tuning_job).status == "queued"
     dataset = api.anna.get(f"/v1/datasets/{annas.dataset}").json()
     assert (dataset["name"], dataset["classes"][0]["display_name"]) == ("pets", "cat")
+    assert api.anna.get(f"/v1/fine_tuning/groups/{annas.group}").json()["runs"] == 0
     caption = api.anna.get(f"/v1/captions/{annas.caption}").json()
     assert (caption["text"], caption["version"]) == ("a soft coat", 1)
     assert api.anna.get(f"/v1/classifiers/{annas.classifier}").status_code == 200
@@ -115,7 +127,7 @@ def test_an_unknown_id_reads_the_same_as_another_owners(api: Api, annas: Belongi
 def test_lists_show_ones_own_and_an_admin_all(api: Api, app: FastAPI, core: Core, annas: Belongings) -> None:
     bens = add_dataset(core, "ben")
     for method, path in operations(app, with_id=False):
-        if method != "GET" or path in ("/v1/leaderboard", "/v1/fine_tuning/methods"):
+        if method != "GET" or path in ("/v1/leaderboard", "/v1/leaderboard/compare", "/v1/fine_tuning/methods"):
             continue
         mine, theirs, everyones = (
             {item["id"] for item in who.get(path).json()["data"]} for who in (api.anna, api.ben, api.admin)
@@ -134,6 +146,7 @@ def test_what_a_query_or_a_body_names_is_looked_for_among_ones_own(api: Api, cor
         "/v1/caption_jobs": {"dataset_id": annas.dataset},
         "/v1/caption_jobs/preview": {"dataset_id": annas.dataset, "live": True},
         "/v1/fine_tuning/jobs": {"dataset_id": annas.dataset, "method": {"type": "zero_shot"}},
+        "/v1/fine_tuning/groups": {"dataset_id": annas.dataset, "methods": [{"type": "zero_shot"}]},
         "/v1/evaluations": {"classifier_id": annas.classifier},
     }.items():
         assert api.ben.post(path, json=body).status_code == 404, path
@@ -145,6 +158,8 @@ def test_what_a_query_or_a_body_names_is_looked_for_among_ones_own(api: Api, cor
         assert api.ben.get(f"/v1/datasets/{bens}/captions", params={name: theirs}).json()["data"] == []
     body = {"dataset_id": bens, "caption_job_id": annas.caption_job, "method": {"type": "mmft"}}
     assert api.ben.post("/v1/fine_tuning/jobs", json=body).status_code == 404
+    many = {"dataset_id": bens, "caption_job_ids": [annas.caption_job]}
+    assert api.ben.post("/v1/fine_tuning/groups", json=many).status_code == 404
     for path in ("/v1/caption_jobs", "/v1/fine_tuning/jobs", "/v1/evaluations"):
         assert api.ben.get(path).json()["data"] == []
         assert api.ben.get(path, params={"dataset_id": annas.dataset}).json()["data"] == []

@@ -17,16 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shared.clip import LoadedClip, encode_image, encode_text, load_clip
-from shared.datasets.tensors import load_images
+from shared.clip import LoadedClip, encode_text, load_clip
 from shared.db.models import Image
+from shared.embedder import Embedder
+from shared.row_cache import RowCache
 from shared.storage import Store
 
 log = logging.getLogger(__name__)
 
 PREFIX = "A photo depicts "
 WEIGHT = 2.5
-_PICTURES = 256  # decoded at a time
 _EMBEDDINGS = 16_384  # compared at a time
 _EQUAL = 1e-6  # cosines closer than this are a tie: equal pictures do not outrank each other
 _FREE_BYTES = 4 * 2**30  # a caption model may own the device; with less than this to spare the CPU does it
@@ -68,14 +68,13 @@ def agreements(clip: LoadedClip, images: Tensor, texts: Sequence[str], own: Sequ
     return [Agreement(round(score, 4), int(n) + 1) for score, n in zip(scores, better.tolist(), strict=True)]
 
 
-def embed(store: Store, images: Sequence[Image], clip: LoadedClip, on_chunk: Callable[[int], None]) -> Tensor:
-    """(N, D) float32 on the CPU, rows of length 1, in the order given; pictures are decoded 256 at a time.
-    `on_chunk(done)` is called every 64 images and may raise."""
-    parts = []
-    for start in range(0, len(images), _PICTURES):
-
-        def report(done: int, start: int = start) -> None:
-            on_chunk(start + done)
-
-        parts.append(encode_image(clip, load_images(store, images[start : start + _PICTURES], clip, report)))
-    return torch.cat(parts)
+def embed(
+    store: Store,
+    images: Sequence[Image],
+    clip: LoadedClip,
+    on_chunk: Callable[[int], None],
+    cache: RowCache | None = None,
+) -> Tensor:
+    """(N, D) float32 on the CPU, rows of length 1, in the order given. `on_chunk(done)` is called every 64 images and
+    may raise."""
+    return Embedder(clip, cache, next(clip.model.parameters()).device).images(store, images, on_chunk)

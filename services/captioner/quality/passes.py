@@ -57,8 +57,10 @@ def measure_agreement(claim: Claim, job_id: str, clip_model: str) -> dict[str, f
     -> means over the job's captions: clip_score, recall_at_1 and low_agreement (shares); and how many images and
     captions. Raises what `shared.clip.load_clip` raises."""
     from services.captioner.quality.agreement import agreements, clip_for_measuring, embed
+    from shared.row_cache import open_cache
 
     core = claim.core
+    cache = open_cache(core.settings.model_cache / "rows", core.settings.cache_bytes)
     with core.transaction() as session:
         query = select(func.count(), func.count(Caption.image_id.distinct())).join(CaptionJobItem)
         captions, images = session.execute(query.where(CaptionJobItem.job_id == job_id)).one()
@@ -80,7 +82,7 @@ def measure_agreement(claim: Claim, job_id: str, clip_model: str) -> dict[str, f
             claim.check()
             claim.progress("measuring agreement", known + done, total)
 
-        vectors = embed(core.store, pictures, clip, on_chunk)
+        vectors = embed(core.store, pictures, clip, on_chunk, cache)
         if embedded is None:
             embedded = vectors.new_empty(images, vectors.shape[1])
         embedded[known : known + len(vectors)] = vectors

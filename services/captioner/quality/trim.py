@@ -1,30 +1,10 @@
 """Shortening a caption where it hurts least: at the end of a sentence, else between two words."""
 
-import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 from services.captioner.quality.words import FUNCTION_WORDS
-
-_STOP = re.compile(r"(?<![.!?\u2026])[.!?\u2026]++[\"')\]\u2019\u201d\u00bb]*+(?=\s|$)|[\u3002\uff01\uff1f]++")
-_NEXT = re.compile(r"\s*+(\S?)")
-_LONGEST_WORD = 16  # looked at before a stop; abbreviations are shorter
-_ABBREVIATIONS = frozenset({"approx", "ca", "cf", "dr", "e.g", "etc", "i.e", "mr", "mrs", "ms", "mt", "no", "st", "vs"})
-
-
-def sentence_ends(text: str) -> list[int]:
-    """Where each sentence ends, as an index behind its full stop and closing quotes. "St. Bernard", "e.g. red", "2.5"
-    and "J. Smith" do not end one; a last sentence without a full stop does not count."""
-    ends = []
-    for stop in _STOP.finditer(text):
-        before = text[max(0, stop.start() - _LONGEST_WORD) : stop.start()]
-        word = before.rpartition(" ")[2].lstrip("(\"'\u2018\u201c").lower()
-        after = _NEXT.match(text, stop.end())
-        follows = after[1] if after else ""
-        if follows.islower() or (follows and (word in _ABBREVIATIONS or (len(word) == 1 and word.isalpha()))):
-            continue
-        ends.append(stop.end())
-    return ends
+from shared.sentences import sentence_ends
 
 
 def trim(text: str, fits: Callable[[str], bool]) -> str:

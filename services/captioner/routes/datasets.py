@@ -22,6 +22,7 @@ from shared.errors import Conflict, InvalidInput, NotFound
 from shared.ids import new_id
 from shared.jobs import ledger
 from shared.jobs.routes import SubmissionDep, job_routes
+from shared.leaderboard_version import bump
 from shared.paging import page
 from shared.schemas import common
 from shared.schemas import datasets as schema
@@ -86,9 +87,9 @@ def _digest(file: Any) -> tuple[str, int]:
 @router.patch("/datasets/{id}", response_model=schema.Dataset, summary="Rename a data set, or its classes in prompts")
 def edit_dataset(id: str, body: schema.DatasetEdit, core: CoreDep, who: Writer) -> Any:
     """Display names are what prompts and prefixes call a class whose folder has a code for a name. Captions written
-    before keep their text and what was measured of it; classifiers made before are ranked no more, as the data set's
-    fingerprint is another. Display names are refused (409) before the ingestion has ended
-    and while a job uses the data set: its prompts would be mixed."""
+    before keep their text and what was measured of it; classifiers scored before are ranked no more until they are
+    scored again, as the data set's fingerprint is another. Display names are refused (409) before the ingestion has
+    ended and while a job uses the data set: its prompts would be mixed."""
     with core.transaction() as session:
         row = get_dataset(session, who, id, lock=True)
         if body.name is not None:
@@ -100,6 +101,7 @@ def edit_dataset(id: str, body: schema.DatasetEdit, core: CoreDep, who: Writer) 
             row.classes = [{"name": folder, "display_name": name} for folder, name in names.items()]
             row.fingerprint = _fingerprint(session, id, names)
         session.flush()
+        bump(session, id)
         return render_dataset(session, session.get_one(Job, id))
 
 
@@ -149,6 +151,7 @@ def delete_dataset(id: str, core: CoreDep, who: Writer) -> None:
         for job in session.scalars(select(Job).where(Job.dataset_id == id, Job.kind.in_(("ingest", "caption")))):
             session.delete(job)
         session.info.setdefault("obsolete", []).append(row.archive_key)
+        bump(session, id)
 
 
 router.include_router(job_routes("ingest", "/datasets", render_dataset, schema.Dataset))

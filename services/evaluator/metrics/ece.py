@@ -8,7 +8,7 @@ from services.evaluator.metrics.base import Metric, Predictions
 BINS = 15
 
 
-def _ece(p: Predictions) -> float:
+def ece(p: Predictions) -> float:
     confidence = p.probabilities.max(1)
     correct = p.predicted == p.labels
     bins = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
@@ -16,4 +16,4 @@ def _ece(p: Predictions) -> float:
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-ECE = Metric(title="Expected calibration error", unit="fraction", higher_is_better=False, compute=_ece)
+ECE = Metric(title="Expected calibration error", unit="fraction", higher_is_better=False, compute=ece)

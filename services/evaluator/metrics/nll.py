@@ -5,8 +5,8 @@ import numpy as np
 from services.evaluator.metrics.base import Metric, Predictions
 
 
-def _nll(p: Predictions) -> float:
+def nll(p: Predictions) -> float:
     return float(-p.log_probabilities[np.arange(len(p.labels)), p.labels].mean())
 
 
-NLL = Metric(title="Negative log-likelihood", unit="nats", higher_is_better=False, compute=_nll)
+NLL = Metric(title="Negative log-likelihood", unit="nats", higher_is_better=False, compute=nll)

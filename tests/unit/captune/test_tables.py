@@ -4,32 +4,22 @@ from typing import Any
 
 from captune import tables
 from shared.schemas.captions import Caption, CaptionPreview, CaptionReport
-from shared.schemas.evaluations import Leaderboard, LeaderboardRow
+from shared.schemas.evaluations import Comparison, Leaderboard, LeaderboardRow
 
 
 def row(**values: Any) -> LeaderboardRow:
-    defaults = {
-        "rank": 1,
-        "protocol": "full",
-        "method": "mmft",
-        "model": "starter",
-        "captions": None,
-        "captioner": None,
-        "shots": 8,
-        "hyperparameters": {},
-        "suffix": None,
-        "n": 3,
-        "mean": 0.705,
-        "stderr": 0.0123,
-        "few_seeds": False,
+    defaults: dict[str, Any] = {
+        **{"id": "0123456789abcdef", "rank": 1, "protocol": "full", "method": "mmft", "model": "starter"},
+        **{"captions": None, "captioner": None, "shots": 8, "hyperparameters": {}, "suffix": None, "tags": []},
+        **{"pinned": False, "data_changed": False, "n": 3, "mean": 0.705, "stderr": 0.0123, "few_seeds": False},
+        "tied_with_best": None,
         "metrics": {"top1": 0.705, "top5": 0.95, "macro_f1": 0.7, "ece": 0.05, "nll": 1.25},
-        "train_seconds": 12.4,
-        "classifier_ids": [],
+        **{"train_seconds": 12.4, "caption_seconds": 60.2, "classifier_ids": []},
     }
     return LeaderboardRow.model_validate(defaults | values)
 
 
-def board(*rows: LeaderboardRow, metric: str = "top1") -> str:
+def board(*rows: LeaderboardRow, metric: str = "top1", unit: str = "fraction", has_more: bool = False) -> str:
     return tables.leaderboard(
         Leaderboard(
             dataset_id="ds_1",
@@ -37,13 +27,16 @@ def board(*rows: LeaderboardRow, metric: str = "top1") -> str:
             data_fingerprint="f",
             split="test",
             metric=metric,
+            unit=unit,
             higher_is_better=metric != "nll",
             rows=list(rows),
+            has_more=has_more,
+            last_id=None,
         )
     )
 
 
-ZERO = row(rank=2, method="zero_shot", shots=None, n=1, mean=0.5, stderr=None, train_seconds=0.0)
+ZERO = row(rank=2, method="zero_shot", shots=None, n=1, mean=0.5, stderr=None, train_seconds=0.0, caption_seconds=None)
 
 
 def test_columns_are_padded_and_numbers_stand_right() -> None:
@@ -59,12 +52,44 @@ def test_fractions_are_percentages_with_their_standard_error() -> None:
     lines = board(row(), ZERO).splitlines()
     assert lines[0] == "pets: top1 % on test, mean ± standard error over seeds"
     mmft, zero = (line.split() for line in lines[-2:])
-    assert mmft == ["1", "mmft", "starter", "8", "70.50", "±", "1.23", "3", "95.0", "70.0", "5.0", "1.250", "12"]
-    assert zero == ["2", "zero_shot", "starter", "0", "50.00", "1", "95.0", "70.0", "5.0", "1.250", "-"]
+    assert mmft == ["1", "mmft", "starter", "8", "70.50", "±", "1.23", "3", "5.0", "1.250", "12", "60", "01234567"]
+    assert zero == ["2", "zero_shot", "starter", "0", "50.00", "1", "5.0", "1.250", "-", "-", "01234567"]
+
+
+def test_what_is_tied_with_the_best_is_marked_and_explained() -> None:
+    text = board(row(), row(rank=2, tied_with_best=True), row(rank=3, tied_with_best=False))
+    assert [" ≈ " in line for line in text.splitlines()[5:8]] == [False, True, False]
+    assert "≈ not distinguishable from the best of its protocol at 95 %" in text
+    assert "≈" not in board(row(), ZERO)
+
+
+def test_what_was_scored_on_other_data_stands_apart_without_a_rank() -> None:
+    lines = board(row(), row(id="0123456789abcdef.was-fedcba98", rank=None, data_changed=True)).splitlines()
+    assert lines[-4] == "validation: full; scored on what the data set was before"
+    assert lines[-1].split()[0] == "-"
+    assert lines[-1].endswith("0123456789abcdef.was-fedcba98")
+
+
+def test_a_suffix_tells_rows_apart_and_more_rows_are_told() -> None:
+    text = board(row(suffix="b"), has_more=True)
+    assert "mmft (b)" in text
+    assert text.endswith("there are more rows: raise --limit")
+
+
+def test_a_comparison_says_which_way_and_how_sure() -> None:
+    found = {
+        **{"dataset_id": "ds_1", "split": "test", "a": "x", "b": "y", "images": 1200, "pairs": 5, "mean_a": 0.7},
+        **{"mean_b": 0.72, "difference": -0.02, "low": -0.031, "high": -0.009, "p_value": 0.0012, "resamples": 2000},
+        **{"only_a": 0.05, "only_b": 0.07},
+    }
+    text = tables.comparison(Comparison.model_validate(found))
+    for part in ("1,200 images, 5 pairs", "-2.00 points", "-3.10 to -0.90", "0.0012", "5.00 %", "7.00 %"):
+        assert part in text
+    assert "not of other seeds" in tables.comparison(Comparison.model_validate(found | {"pairs": 1}))
 
 
 def test_nats_are_no_percentages() -> None:
-    lines = board(row(mean=1.25, stderr=0.02), metric="nll").splitlines()
+    lines = board(row(mean=1.25, stderr=0.02), metric="nll", unit="nats").splitlines()
     assert lines[0].startswith("pets: nll on test")
     assert " 1.25 ± 0.02 " in lines[-1]
 

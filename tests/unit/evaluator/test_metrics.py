@@ -30,7 +30,16 @@ def test_top5_counts_ranks_up_to_five():
 
 def test_equal_logits_are_ranked_in_class_order():
     assert score(np.zeros((2, 7), dtype=np.float32), [0, 5]) == pytest.approx(
-        {"top1": 0.5, "top5": 0.5, "macro_f1": (2 / 3 + 0) / 2, "ece": abs(0.5 - 1 / 7), "nll": math.log(7)}
+        {
+            "top1": 0.5,
+            "top5": 0.5,
+            "macro_f1": (2 / 3 + 0) / 2,
+            "balanced_accuracy": 0.5,
+            "worst_class": 0.0,
+            "ece": abs(0.5 - 1 / 7),
+            "nll": math.log(7),
+            "brier": 1 - 1 / 7,
+        }
     )
 
 
@@ -49,19 +58,34 @@ def test_ece_by_hand():
 
 def test_a_perfect_confident_classifier():
     logits = np.eye(4, dtype=np.float32) * 1000
-    assert score(logits, np.arange(4)) == pytest.approx(
-        {"top1": 1.0, "top5": 1.0, "macro_f1": 1.0, "ece": 0.0, "nll": 0.0}
-    )
+    ones = dict.fromkeys(("top1", "top5", "macro_f1", "balanced_accuracy", "worst_class"), 1.0)
+    zeros = dict.fromkeys(("ece", "nll", "brier"), 0.0)
+    assert score(logits, np.arange(4)) == pytest.approx(ones | zeros)
 
 
-def test_directions():
-    assert {name: metric.higher_is_better for name, metric in METRICS.items()} == {
-        "top1": True,
-        "top5": True,
-        "macro_f1": True,
-        "ece": False,
-        "nll": False,
-    }
+def test_directions_and_units():
+    lower = {"nll", "brier", "ece", "nll_scaled", "ece_scaled", "forgetting", "captions_flagged"}
+    lower |= {"train_seconds", "caption_seconds", "trainable_parameters", "peak_memory_mib", "latency_ms"}
+    assert {name for name, metric in METRICS.items() if not metric.higher_is_better} == lower
+    assert all(metric.title and metric.unit for metric in METRICS.values())
+
+
+def test_a_class_without_images_has_no_recall():
+    # class 0: 2 of 3 right; class 1: none of 1; class 2 has no image, though one is taken for it
+    logits = logits_of([[0.8, 0.1, 0.1], [0.8, 0.1, 0.1], [0.1, 0.1, 0.8], [0.8, 0.1, 0.1]])
+    result = score(logits, [0, 0, 0, 1])
+    assert result["balanced_accuracy"] == pytest.approx((2 / 3 + 0) / 2)
+    assert result["worst_class"] == 0.0
+
+
+def test_scaled_metrics_are_those_of_divided_logits():
+    rng = np.random.default_rng(0)
+    logits, labels = 5 * rng.normal(size=(50, 4)), rng.integers(0, 4, 50)
+    result, divided = score(logits, labels, temperature=2.5), score(logits / 2.5, labels)
+    assert result["nll_scaled"] == pytest.approx(divided["nll"])
+    assert result["ece_scaled"] == pytest.approx(divided["ece"])
+    assert result["nll"] == score(logits, labels)["nll"]
+    assert not {"nll_scaled", "ece_scaled"} & divided.keys()
 
 
 @settings(max_examples=30, deadline=None)
@@ -77,6 +101,11 @@ def test_against_scikit_learn(seed, n, c):
         sklearn_metrics.f1_score(labels, p.predicted, average="macro", zero_division=0)
     )
     assert result["nll"] == pytest.approx(sklearn_metrics.log_loss(labels, p.probabilities, labels=range(c)))
+    recalls = sklearn_metrics.recall_score(labels, p.predicted, average=None, labels=np.unique(labels), zero_division=0)
+    assert result["balanced_accuracy"] == pytest.approx(recalls.mean())
+    assert result["worst_class"] == pytest.approx(recalls.min())
+    brier = sum((p.probabilities[i, k] - (labels[i] == k)) ** 2 for i in range(n) for k in range(c)) / n
+    assert result["brier"] == pytest.approx(brier)
     if c > 5:
         expected = sklearn_metrics.top_k_accuracy_score(labels, logits, k=5, labels=range(c))
         assert result["top5"] == pytest.approx(expected)

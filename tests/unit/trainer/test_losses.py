@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.trainer.losses import Variant, mmft_loss, soft_targets
+from services.trainer.losses import Variant, cross_entropy, mmft_loss, soft_cross_entropy, soft_targets, tes_loss
 
 VARIANTS: tuple[Variant, ...] = ("exclude_self", "include_self")
 
@@ -113,3 +113,91 @@ def test_parts_do_not_hold_the_graph():
     image, text = embeddings(3, 1)
     _, parts = mmft_loss(image.requires_grad_(), text, torch.tensor(10.0), torch.zeros(3), 0.1, "include_self")
     assert not any(part.requires_grad for part in parts.values())
+
+
+# -- over class logits -------------------------------------------------------------------------------------------------
+
+
+def class_logits(labels, classes, scale, seed):
+    """Logits (B, C) of `scale` times cosines, the first image's cosine with its own class being exactly 1."""
+    image, text = embeddings(max(len(labels), classes), seed)
+    image, text = image[: len(labels)].clone(), text[:classes]
+    image[0] = text[labels[0]]
+    return scale * image @ text.T
+
+
+def naive(logits, targets):
+    """Mean over rows of the cross-entropy, class by class in float64."""
+    rows = []
+    for z, q in zip(logits.double(), targets.double(), strict=True):
+        rows.append(-sum(q[c] * (z[c] - torch.logsumexp(z, 0)) for c in range(len(z))))
+    return sum(rows) / len(rows)
+
+
+drawn = settings(max_examples=60, deadline=None)
+batches = given(
+    labels=st.lists(st.integers(0, 3), min_size=1, max_size=8),
+    spare=st.integers(0, 2),  # classes without an image in the batch; with one label 0 and none spare: a single class
+    scale=st.sampled_from([1.0, 14.3, 100.0]),
+    share=st.sampled_from([0.0, 0.1, 0.5, 0.99]),
+    seed=st.integers(0, 1000),
+)
+
+
+@drawn
+@batches
+def test_cross_entropy_equals_the_reference(labels, spare, scale, share, seed):
+    classes = max(labels) + 1 + spare
+    logits = class_logits(labels, classes, scale, seed).requires_grad_()
+    loss = cross_entropy(logits, torch.tensor(labels), share)
+    wide = logits.detach().double().requires_grad_()
+    onehot = torch.eye(classes, dtype=torch.float64)[labels]
+    expected = naive(wide, (1 - share) * onehot + share / classes)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5 * scale}
+    torch.testing.assert_close(loss.double(), expected, **tolerance)
+    got, want = torch.autograd.grad(loss, logits)[0], torch.autograd.grad(expected, wide)[0]
+    torch.testing.assert_close(got.double(), want, **tolerance)
+
+
+@drawn
+@batches
+def test_soft_cross_entropy_equals_the_reference(labels, spare, scale, share, seed):
+    classes = max(labels) + 1 + spare
+    logits = class_logits(labels, classes, scale, seed)
+    targets = F.softmax(3 * torch.randn(len(labels), classes, generator=torch.Generator().manual_seed(seed)), dim=1)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5 * scale}
+    torch.testing.assert_close(soft_cross_entropy(logits, targets).double(), naive(logits, targets), **tolerance)
+
+
+@drawn
+@batches
+def test_tes_equals_the_reference(labels, spare, scale, share, seed):
+    classes, lambda_t = max(labels) + 1 + spare, 0.3
+    logits = class_logits(labels, classes, scale, seed).requires_grad_()
+    text_logits = class_logits(labels, classes, 1 / 0.03, seed + 1).requires_grad_()
+    loss, parts = tes_loss(logits, text_logits, torch.tensor(labels), share, lambda_t)
+
+    wide, text = (x.detach().double().requires_grad_() for x in (logits, text_logits))
+    onehot = torch.eye(classes, dtype=torch.float64)[labels]
+    reference = torch.exp(text.detach() - torch.logsumexp(text.detach(), 1, keepdim=True))
+    vision, words = naive(wide, (1 - share) * onehot + share * reference), naive(text, onehot)
+    expected = vision + lambda_t * words
+    tolerance = {"rtol": 1e-4, "atol": 1e-5 * max(scale, 1 / 0.03)}
+    for got, want in zip((loss, parts["vision"], parts["text"]), (expected, vision, words), strict=True):
+        torch.testing.assert_close(got.detach().double(), want.detach(), **tolerance)
+    gradients = torch.autograd.grad(loss, (logits, text_logits))
+    for got, want in zip(gradients, torch.autograd.grad(expected, (wide, text)), strict=True):
+        torch.testing.assert_close(got.double(), want, **tolerance)
+
+
+def test_without_its_terms_tes_is_cross_entropy():
+    logits, text_logits = class_logits([0, 1, 2], 3, 10.0, 0), class_logits([0, 1, 2], 3, 30.0, 1)
+    labels = torch.tensor([0, 1, 2])
+    loss, _ = tes_loss(logits, text_logits, labels, 0.0, 0.0)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
+
+
+def test_one_class_costs_nothing():
+    logits, labels = torch.full((4, 1), 100.0), torch.zeros(4, dtype=torch.int64)
+    assert cross_entropy(logits, labels).item() == 0
+    assert tes_loss(logits, logits, labels, 0.1, 0.3)[0].item() == 0

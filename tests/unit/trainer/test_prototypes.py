@@ -3,14 +3,14 @@ import torch.nn.functional as F
 
 from services.trainer.data import RunTexts
 from services.trainer.methods import build
-from services.trainer.prototypes import TextTable, class_prototypes, top1
+from services.trainer.prototypes import TextTable
 from services.trainer.randomness import generator
 from shared.clip import encode_text, encode_tokens
+from tests.unit.trainer.fine_tuning import features_of
 
 
 def test_a_prototype_is_the_normalised_mean_over_every_caption_of_the_class(tiny, balls):
-    texts = RunTexts(tiny, build("mmft", {}), balls)
-    ours = class_prototypes(tiny.model, texts.table, texts.prototype_rows)
+    ours = features_of(tiny, build("mmft", {}), balls).prototypes
     for c, name in enumerate(balls.class_names):
         captions = [
             f"a photo of a {name}. {caption}"
@@ -29,14 +29,14 @@ def test_embeddings_come_back_in_the_order_given(tiny):
     rows = table.rows([texts[2], texts[0]])
     with torch.no_grad():
         alone = [tiny.model.encode_text(tiny.tokenizer([texts[i]]), normalize=True)[0] for i in (2, 0)]
-    torch.testing.assert_close(encode_tokens(tiny.model, table.tokens[rows], batch=1), torch.stack(alone))
+    torch.testing.assert_close(encode_tokens(tiny.model, table.tokens[rows]), torch.stack(alone))
 
 
 def test_draws_are_even_over_an_images_own_texts(tiny, balls):
     texts = RunTexts(tiny, build("mmft", {}), balls)
     bare, rich = 0, 3  # image 0 has no caption, image 3 has three
     images = torch.tensor([bare] * 50 + [rich] * 600)
-    drawn = texts.draw(images, generator(0, "draw"))
+    drawn = texts.table.tokens[texts.draw(images, generator(0, "draw"))]
     assert torch.equal(drawn[:50], texts.table.tokens[texts.table.rows(["a photo of a red ball."] * 50)])
     expected = {f"a photo of a red ball. It is red ball number {k}." for k in range(3)}
     shares = [
@@ -44,10 +44,3 @@ def test_draws_are_even_over_an_images_own_texts(tiny, balls):
     ]
     assert sum(shares) == 1
     assert all(0.25 < share < 0.42 for share in shares)
-
-
-def test_top1_counts_the_nearest_prototype():
-    prototypes = torch.eye(3)
-    assert (
-        top1(torch.tensor([[0.9, 0.1, 0], [0, 0.2, 0.8], [0, 0.6, 0.3]]), prototypes, torch.tensor([0, 1, 1])) == 2 / 3
-    )

@@ -9,6 +9,7 @@ from PIL import Image as Picture
 
 from services.captioner.quality import agreement
 from services.captioner.quality.agreement import Agreement, agreements, clip_for_measuring, embed
+from shared import embedder
 from shared.clip import LoadedClip, encode_image, encode_text, preprocess_uint8
 from shared.db.models import Image
 from shared.storage import Store
@@ -52,7 +53,7 @@ def test_low_means_that_most_others_suit_better(rank: int, images: int, low: boo
 def test_pictures_are_embedded_in_their_order(
     clip: LoadedClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agreement, "_PICTURES", 2)
+    monkeypatch.setattr(embedder, "_IMAGES", 2)
     store = Store(f"file://{tmp_path / 'store'}")
     rows, pixels = [], []
     for shade in range(5):

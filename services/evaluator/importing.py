@@ -1,0 +1,76 @@
+"""A classifier that comes as an archive: the folder that a download gives, or one with a head alone. Nothing in it is
+run: names are compared with those a classifier has, weights are safetensors, and the model's config may neither name
+code nor anything to be fetched."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shared.classifier_card import CARD, CHANGED, HEAD
+from shared.datasets.archive import open_archive
+from shared.datasets.limits import Limits
+from shared.errors import InvalidInput
+from shared.local_dir import CONFIG, TEXT_CONFIG, TOKENIZER_FILES, WEIGHTS
+
+_README = "README.md"  # every download gets one anew
+_NAMES = {CARD, HEAD, CHANGED, CONFIG, WEIGHTS, _README, *TOKENIZER_FILES}
+_MAX_FILES = 100
+_MAX_JSON = 64 * 2**20  # bytes: a large tokenizer has 20 MB
+_MAX_RATIO = 20.0  # unpacked over packed; weights hardly shrink
+
+
+def unpack(archive: Path, directory: Path, max_bytes: int) -> None:
+    """Writes the files of a zip or tar, from its root or from one folder, into `directory`, one file in memory at a
+    time. Raises InvalidInput (BadArchive where the archive itself is unusable)."""
+    limits = Limits(_MAX_FILES, max_member_bytes=max_bytes, max_total_bytes=max_bytes, max_ratio=_MAX_RATIO)
+    opened = open_archive(archive, limits)
+    names = opened.names()
+    if opened.report.refusals:
+        first = opened.report.refusals[0]
+        raise _bad(f"its entry '{first.path}' is refused: {first.message}")
+    if len({name.rpartition("/")[0] for name in names}) > 1:
+        raise _bad("its files lie in several folders; a classifier's lie in one")
+    for member in opened.members():
+        name = member.path.rpartition("/")[2]
+        if name not in _NAMES:
+            raise _bad(f"it holds '{name}', which is no file of a classifier ({', '.join(sorted(_NAMES))})")
+        if name.endswith(".json") and member.size > _MAX_JSON:
+            raise _bad(f"{name} has {member.size} bytes, and it may have {_MAX_JSON}")
+        if name != _README:
+            (directory / name).write_bytes(member.read())
+    _refuse_what_reaches_out(directory)
+
+
+def _refuse_what_reaches_out(directory: Path) -> None:
+    if not (directory / CONFIG).is_file():
+        return  # a head on a base model; the model's own loader checks the rest
+    model = _object(directory / CONFIG).get("model_cfg")
+    towers = [model.get(name) if isinstance(model, dict) else None for name in ("vision_cfg", "text_cfg")]
+    vision, text = (tower if isinstance(tower, dict) else {} for tower in towers)
+    if ":" in str(vision.get("timm_model_name", "")) or vision.get("timm_model_pretrained"):
+        raise _bad(f"{CONFIG} names an image tower that is to be fetched; its weights must be in the archive")
+    for key, file in (("hf_model_name", TEXT_CONFIG), ("hf_tokenizer_name", "tokenizer.json")):
+        if text.get(key) and not (directory / file).is_file():
+            raise _bad(f"{CONFIG} names '{text[key]}' as its {key}, but {file} is not in the archive")
+    for name in (TEXT_CONFIG, "tokenizer_config.json"):
+        if (directory / name).is_file() and "auto_map" in _object(directory / name):
+            raise _bad(f"{name} asks for code of its own ('auto_map'), which is never run")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _bad(f"{path.name} is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise _bad(f"{path.name} is not a JSON object")
+    return found
+
+
+def _bad(reason: str) -> InvalidInput:
+    return InvalidInput(
+        f"The archive can't be imported as a classifier: {reason}. GET /v1/classifiers/{{id}}/download gives one that "
+        "can.",
+        code="bad_classifier",
+        param="file",
+    )

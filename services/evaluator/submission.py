@@ -1,0 +1,82 @@
+"""What a request for an evaluation must be, checked before a job is made of it."""
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from shared.auth import Principal
+from shared.datasets.lookup import usable_dataset
+from shared.db.models import Classifier
+from shared.errors import Conflict, InvalidInput, NotFound
+from shared.ids import new_id
+from shared.jobs import ledger
+from shared.jobs.routes import get_job
+from shared.schemas.evaluations import EvaluationRequest
+
+
+def submit(session: Session, who: Principal, body: EvaluationRequest) -> str:
+    """Makes the job and returns its id. Raises NotFound for what is not the caller's, InvalidInput for captions of
+    other images, Conflict for what is not finished."""
+    dataset_id, owner = body.dataset_id, None
+    if body.classifier_id is not None:
+        query = select(Classifier).where(Classifier.id == body.classifier_id, who.sees(Classifier.owner))
+        classifier = session.scalar(query.with_for_update())  # not deleted before the job is there
+        if classifier is None:
+            raise NotFound(
+                f"there is no classifier '{body.classifier_id}' among yours; GET /v1/classifiers lists them",
+                param="classifier_id",
+            )
+        dataset_id, owner = dataset_id or classifier.dataset_id, classifier.owner
+    assert dataset_id is not None  # the schema asks for one beside a model
+    dataset = usable_dataset(session, who, dataset_id, lock=True)
+    if body.held_aside_dataset_id is not None:
+        _check_held_aside(session, who, body.held_aside_dataset_id, dataset.id)
+    if body.caption_job_id is not None:
+        _check_captions(session, who, body.caption_job_id, dataset.id, body.split)
+    # A bare model has no head but the zero-shot one, which is its own.
+    head = "own" if body.model is not None else body.head
+    request = body.model_copy(update={"dataset_id": dataset.id, "head": head})
+    job = ledger.create(
+        session,
+        id=new_id("eval"),
+        kind="evaluate",
+        owner=owner or dataset.owner,
+        request=request.model_dump(),
+        dataset_id=dataset.id,
+    )
+    return job.id
+
+
+def _check_held_aside(session: Session, who: Principal, id: str, scored: str) -> None:
+    if id == scored:
+        raise InvalidInput(
+            "what was forgotten shows on other data than the classifier is scored on; name another data set",
+            code="not_held_aside",
+            param="held_aside_dataset_id",
+        )
+    try:
+        usable_dataset(session, who, id, lock=True)
+    except (NotFound, Conflict) as error:
+        error.param = "held_aside_dataset_id"
+        raise
+
+
+def _check_captions(session: Session, who: Principal, id: str, dataset_id: str, split: str) -> None:
+    job = get_job(session, who, "caption", id)
+    if job.dataset_id != dataset_id:
+        raise InvalidInput(
+            f"{id} captioned the data set {job.dataset_id}, not {dataset_id}; name a caption job of that one",
+            code="captions_of_another_dataset",
+            param="caption_job_id",
+        )
+    if job.request.get("split", split) != split:  # an import covers every split
+        raise InvalidInput(
+            f"{id} captioned the '{job.request['split']}' split; retrieval on '{split}' needs captions of its images",
+            code="captions_of_another_split",
+            param="caption_job_id",
+        )
+    if job.status != "succeeded":
+        raise Conflict(
+            f"{id} is {job.status}; retrieval needs a caption job that has succeeded",
+            code="captions_not_ready",
+            param="caption_job_id",
+        )
