@@ -34,6 +34,7 @@ __all__ = [
     "encode_text_batch",
     "encode_tokens",
     "ensure_starter",
+    "files_of",
     "load_clip",
     "normalise",
     "preprocess_uint8",
@@ -100,11 +101,24 @@ def load_clip(name: str, cache_dir: Path, model_roots: Sequence[Path] = ()) -> L
     arch, _, tag = name.partition("/")
     if arch in open_clip.list_models() and tag:
         return _load_published(arch, tag, cache_dir)
-    looks_local = name.startswith(("local-dir:", "/", ".", "~")) or any((root / name).is_dir() for root in model_roots)
-    if looks_local:
+    if _looks_local(name, model_roots):
         directory = local_dir.resolve(name, model_roots)
         return _load_directory(directory, str(directory))
     raise _unknown(name)
+
+
+def files_of(name: str, model_roots: Sequence[Path] = ()) -> tuple[tuple[str, int, int], ...]:
+    """Of a local directory its files, each with its time and size; of other models nothing, for theirs do not change.
+    Whoever keeps a model by its name keeps it by these too. Raises what `load_clip` does for a directory."""
+    arch, _, tag = name.partition("/")
+    if name == "starter" or (arch in open_clip.list_models() and tag) or not _looks_local(name, model_roots):
+        return ()
+    states = [(path.name, path.stat()) for path in local_dir.resolve(name, model_roots).iterdir()]
+    return tuple(sorted((file, state.st_mtime_ns, state.st_size) for file, state in states))
+
+
+def _looks_local(name: str, model_roots: Sequence[Path]) -> bool:
+    return name.startswith(("local-dir:", "/", ".", "~")) or any((root / name).is_dir() for root in model_roots)
 
 
 def save_clip(loaded: LoadedClip, model_state: Mapping[str, Tensor], directory: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shared.clip import LoadedClip, encode_image, encode_tokens, normalise
 from shared.db.models import Image
-from shared.pixels import load_pixels
+from shared.pixels import load_pixels, pixel_space
 from shared.projection import last_projection
 from shared.row_cache import RowCache
 from shared.storage import Store
@@ -68,9 +68,11 @@ class Embedder:
 
     @cached_property
     def _revision(self) -> str:
-        """Of everything an embedding depends on besides the input: weights, activation, normalisation, device."""
+        """Of everything an embedding depends on besides the input: weights, activation, how an image becomes pixels,
+        normalisation, device."""
         config = json.dumps(self.clip.config, sort_keys=True)
-        return sha256(f"{self.clip.revision} {config} {self._device.type}".encode()).hexdigest()[:32]
+        of = f"{self.clip.revision} {config} {pixel_space(self.clip)} {self._device.type}"
+        return sha256(of.encode()).hexdigest()[:32]
 
     def _of_images(
         self,

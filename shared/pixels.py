@@ -52,7 +52,7 @@ class Pixels:
     def __init__(self, cache: RowCache | None, store: Store, digests: Sequence[str], clip: LoadedClip) -> None:
         """digests: the images' SHA-256, in order."""
         self._cache, self._store, self._digests, self._clip = cache, store, list(digests), clip
-        self._space = f"pixels-{_VERSION}-{clip.preprocessing_key}"
+        self._space = pixel_space(clip)
         self.shape = torch.Size((len(self._digests), 3, clip.image_size, clip.image_size))
 
     def __len__(self) -> int:
@@ -114,6 +114,11 @@ class Pixels:
             rows = {digest: tensor.numpy().tobytes() for digest, tensor in zip(digests, tensors, strict=True)}
             self._cache.put_many(self._space, rows)
         return tensors
+
+
+def pixel_space(clip: LoadedClip) -> str:
+    """Where the cache keeps pixels as this model sees them."""
+    return f"pixels-{_VERSION}-{clip.preprocessing_key}"
 
 
 def _threads() -> int:

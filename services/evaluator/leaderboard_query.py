@@ -44,7 +44,8 @@ def _row_id(scored_as: str) -> str:
 
 
 _FILTERS = {
-    "shots": "(c.shots = :shots OR c.protocol = 'zero_shot')",  # what does not train stands beside any number of shots
+    # What reads no training images stands beside any number of shots.
+    "shots": "(c.shots = :shots OR (c.protocol = 'zero_shot' AND c.shots IS NULL))",
     "model": "c.model = :model",
     "method": "c.method = :method",
     "captioner": "c.captioner = :captioner",

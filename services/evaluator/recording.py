@@ -13,7 +13,7 @@ from services.evaluator import bare
 from services.evaluator.gathering import Sources, deleted
 from services.evaluator.upserts import KEY, upsert, write_scores
 from shared.db.models import Classifier, Dataset, Evaluation, Score
-from shared.errors import NotFound
+from shared.errors import Conflict, NotFound
 from shared.jobs.claim import Claim
 from shared.leaderboard_version import bump
 from shared.schemas.evaluations import EvaluationRequest
@@ -37,6 +37,8 @@ class Scored:
         fingerprint = str(sources.dataset.fingerprint)
         earlier = session.scalar(select(Evaluation).filter_by(**key))
         if earlier is not None:
+            if earlier.data_fingerprint != fingerprint:
+                self._refuse_stale(session, sources, earlier)
             session.info.setdefault("obsolete", []).append(earlier.predictions_key)
             if earlier.data_fingerprint != fingerprint:  # what this one did not measure, the other data had
                 session.execute(delete(Score).filter_by(**key))
@@ -53,18 +55,29 @@ class Scored:
         bump(session, sources.dataset.id)
         return {"classifier_id": classifier.id, "scores": self.scores, **self.result}
 
+    def _refuse_stale(self, session: Session, sources: Sources, earlier: Evaluation) -> None:
+        """Scores of what the data set was must not take the place of scores of what it is."""
+        now = session.scalar(select(Dataset.fingerprint).where(Dataset.id == sources.dataset.id))
+        if earlier.data_fingerprint == now:
+            raise Conflict(
+                f"the data set {sources.dataset.id} was changed while it was scored, and {earlier.id} has scored it as "
+                "it is now; its scores stand",
+                code="dataset_changed",
+                param="dataset_id",
+            )
+
     def _classifier(self, session: Session, claim: Claim, request: EvaluationRequest, sources: Sources) -> Classifier:
         """Locked, so that it is not deleted meanwhile and evaluations of it follow one another."""
         if sources.classifier is None:
             assert request.model is not None
             assert self.folder is not None
-            query = select(Dataset).where(Dataset.id == sources.dataset.id).with_for_update()
-            dataset = session.scalar(query)
-            if dataset is None:
+            query = select(Dataset.id).where(Dataset.id == sources.dataset.id).with_for_update()
+            if session.scalar(query) is None:
                 raise NotFound(f"the data set {sources.dataset.id} was deleted", code="dataset_deleted")
-            found = bare.find(session, request.model, dataset)
+            # As it was scored: its classes may have been renamed since, and the head has the old names.
+            found = bare.find(session, request.model, sources.dataset)
             if found is None:
-                return bare.add(session, claim.id, request.model, dataset, self.folder)
+                return bare.add(session, claim.id, request.model, sources.dataset, self.folder)
             session.info.setdefault("obsolete", []).append(self.folder)  # another job was first
         else:
             found = sources.classifier

@@ -17,7 +17,9 @@ class EvaluatorSettings(BaseSettings):
         default=256, ge=1, description="images of all requests that wait or are worked on; beyond it the answer is 429"
     )
     predict_waiting_bytes: int = Field(
-        default=512 * 2**20, ge=1, description="bytes of the requests that are read or wait; beyond it the answer is 429"
+        default=512 * 2**20,
+        ge=1,
+        description="bytes of the requests that are read or wait; beyond it the answer is 429",
     )
     predict_batch: int = Field(default=32, ge=1, description="images that go through the model together")
     import_bytes: int = Field(default=5 * 2**30, ge=1, description="bytes of an imported classifier, unpacked")

@@ -61,7 +61,11 @@ def _check_held_aside(session: Session, who: Principal, id: str, scored: str) ->
 
 
 def _check_captions(session: Session, who: Principal, id: str, dataset_id: str, split: str) -> None:
-    job = get_job(session, who, "caption", id)
+    try:
+        job = get_job(session, who, "caption", id)
+    except NotFound as error:
+        error.param = "caption_job_id"
+        raise
     if job.dataset_id != dataset_id:
         raise InvalidInput(
             f"{id} captioned the data set {job.dataset_id}, not {dataset_id}; name a caption job of that one",

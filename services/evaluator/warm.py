@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from services.evaluator.settings import EvaluatorSettings
-from shared.clip import LoadedClip, load_clip
+from shared.clip import LoadedClip, files_of, load_clip
 from shared.config import CoreSettings
 from shared.embedder import Embedder
 from shared.row_cache import RowCache, open_cache
@@ -26,7 +26,8 @@ class Warm:
 
 def model(name: str, core: CoreSettings, settings: EvaluatorSettings) -> Warm:
     """Raises what `load_clip` does."""
-    return _model(name, core.model_cache, tuple(core.model_roots), core.cache_bytes, place(settings))
+    roots = tuple(core.model_roots)
+    return _model(name, core.model_cache, roots, core.cache_bytes, place(settings), files_of(name, roots))
 
 
 def cache(core: CoreSettings) -> RowCache:
@@ -34,7 +35,14 @@ def cache(core: CoreSettings) -> RowCache:
 
 
 @lru_cache(maxsize=MODELS)
-def _model(name: str, model_cache: Path, roots: tuple[Path, ...], cache_bytes: int, device: str) -> Warm:
+def _model(
+    name: str,
+    model_cache: Path,
+    roots: tuple[Path, ...],
+    cache_bytes: int,
+    device: str,
+    files: tuple[tuple[str, int, int], ...],  # so that a directory whose weights were replaced is another model
+) -> Warm:
     clip = load_clip(name, model_cache, roots)
     clip.model.to(device)
     rows = open_cache(model_cache / "rows", cache_bytes)

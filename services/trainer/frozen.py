@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from services.trainer.features import Features
-from services.trainer.memory import peak_memory
+from services.trainer.memory import forget_peak, peak_memory
 from services.trainer.methods.base import Fit, Frozen, Method
 from services.trainer.reports import TrainResult
+from services.trainer.threads import threads_for
 from shared.clip import LoadedClip
 from shared.errors import InvalidInput
 from shared.head import Head
@@ -21,10 +22,12 @@ def fit(clip: LoadedClip, method: Method, features: Features, seed: int) -> Trai
     asks for them (those alone will do); the same of the validation images where there are any. The model itself is not
     touched. Raises InvalidInput where the data don't allow the method."""
     start = time.perf_counter()
+    forget_peak(torch.device("cpu"))
     if len(features.class_names) < 2:
         raise InvalidInput("A classifier needs at least 2 classes; the data set has 1.", code="too_little_data")
     if isinstance(method, Frozen):
-        found = method.fit(features, clip, seed)
+        with threads_for(len(features.train_labels)):
+            found = method.fit(features, clip, seed)
     elif method.kind == "zero_shot":
         found = Fit(Head.of_prototypes(features.prototypes, features.logit_scale))
     else:

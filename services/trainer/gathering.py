@@ -27,9 +27,10 @@ class Sources:
     train: list[Image] = field(default_factory=list)
     val: list[Image] = field(default_factory=list)
     fewer: dict[str, int] = field(default_factory=dict)  # training images of the classes with fewer than the shots
+    fewer_val: dict[str, int] = field(default_factory=dict)  # the same of val images, where those are few-shot
     captions: dict[str, list[str]] = field(default_factory=dict)  # by image id
     left_out: Counter[str] = field(default_factory=Counter)  # captions by the flag (or "by_hand") that excluded them
-    caption_seconds: float = 0.0  # what the model took for the captions used
+    caption_seconds: float = 0.0  # of the caption job's running time, the share of the captions used
     captioner: str | None = None
     measured_for: str | None = None  # the CLIP whose tokenizer measured the captions
     recipe: dict[str, Any] | None = None  # how the captions were asked for: it tells settings apart on the leaderboard
@@ -73,7 +74,7 @@ def gather(session: Session, request: FineTuningRequest, method: Method) -> Sour
     found.train, found.fewer = draw_shots(
         split_images(session, request.dataset_id, "train"), request.shots, request.shot_seed
     )
-    found.val = val_images(session, request)
+    found.val, found.fewer_val = val_images(session, request)
     if method.needs_captions and request.caption_job_id is not None:
         _gather_captions(session, request, method, found)
     if method.needs_captions and not found.captions:
@@ -87,15 +88,16 @@ def gather(session: Session, request: FineTuningRequest, method: Method) -> Sour
     return found
 
 
-def val_images(session: Session, request: FineTuningRequest) -> list[Image]:
-    """By the request's validation protocol. Raises InvalidInput where the data have none."""
+def val_images(session: Session, request: FineTuningRequest) -> tuple[list[Image], dict[str, int]]:
+    """By the request's validation protocol, and the classes that have fewer than the shots it asks for. Raises
+    InvalidInput where the data have none."""
     if request.validation == "none":
-        return []
+        return [], {}
     shots = request.shots if request.validation == "few_shot" else None
-    found, _ = draw_shots(split_images(session, request.dataset_id, "val"), shots, request.shot_seed)
+    found, fewer = draw_shots(split_images(session, request.dataset_id, "val"), shots, request.shot_seed)
     if not found:
         raise no_val_split(request.validation)
-    return found
+    return found, fewer
 
 
 def _gather_captions(session: Session, request: FineTuningRequest, method: Method, found: Sources) -> None:
@@ -105,27 +107,24 @@ def _gather_captions(session: Session, request: FineTuningRequest, method: Metho
     items = select(CaptionJobItem.caption_id).where(CaptionJobItem.job_id == job.id)
     wanted = [image.id for image in found.train]
     query = (
-        select(
-            Caption.image_id,
-            Caption.text,
-            Caption.flags + CaptionJobItem.flags,
-            Caption.excluded,
-            Caption.provenance["milliseconds"],
-        )
+        select(Caption.image_id, Caption.text, Caption.flags + CaptionJobItem.flags, Caption.excluded)
         .join(CaptionJobItem, CaptionJobItem.caption_id == Caption.id)
         .where(CaptionJobItem.job_id == job.id, Caption.image_id == any_(cast(wanted, ARRAY(Text))))
     )
-    usable: dict[str, dict[str, float]] = {}  # milliseconds by text, by image id
-    for image_id, text, flags, excluded, took in session.execute(query.order_by(Caption.image_id, Caption.key)):
+    usable: dict[str, list[str]] = {}  # by image id
+    for image_id, text, flags, excluded in session.execute(query.order_by(Caption.image_id, Caption.key)):
         reason = "by_hand" if excluded else next((flag for flag in request.exclude_flags if flag in flags), None)
         if reason is None:
-            usable.setdefault(image_id, {})[text] = took or 0.0  # imported ones were made elsewhere
+            usable.setdefault(image_id, []).append(text)
         else:
             found.left_out[reason] += 1
-    found.captions = {image_id: method.captions_of(list(texts)) for image_id, texts in usable.items()}
-    used = (usable[image_id][text] for image_id, texts in found.captions.items() for text in texts)
-    found.caption_seconds = round(sum(used) / 1000, 3)
-    captioner = (job.result or {})["captioner"]
+    found.captions = {image_id: method.captions_of(texts) for image_id, texts in usable.items()}
+    result = job.result or {}
+    # A caption's own milliseconds are those of its whole batch and of its wait: summed, they count the time many times.
+    if job.started_at is not None and job.finished_at is not None and result.get("captions"):
+        share = sum(map(len, found.captions.values())) / result["captions"]
+        found.caption_seconds = round((job.finished_at - job.started_at).total_seconds() * share, 3)
+    captioner = result["captioner"]
     found.captioner, found.measured_for = captioner["revision"], job.request.get("clip_model")
     asked = ("characteristics", "words", "domain", "temperature", "samples_per_prompt", "shear_tokens")
     by_hand = select(Caption.id, Caption.text, Caption.excluded).where(

@@ -9,7 +9,8 @@ import ctypes
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -36,7 +37,7 @@ def freed_blocks_kept() -> Iterator[None]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of tensors on the GPU since `forget_peak`, on a CPU of the process since it began."""
+    """Bytes since `forget_peak`: of tensors on the GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2)
@@ -44,5 +45,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def forget_peak(device: torch.device) -> None:
+    """A worker's process does many runs: without this each would show the largest one's. Where Linux doesn't let the
+    process reset its own peak (proc(5), clear_refs), it stays that of the process's life."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

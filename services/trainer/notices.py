@@ -16,10 +16,11 @@ LISTED = 20  # names in a message; the event's data hold more
 
 
 def warn(claim: Claim, request: FineTuningRequest, method: Method, sources: Sources) -> None:
-    if sources.fewer:
-        detail = ", ".join(f"{name} ({n})" for name, n in sorted(sources.fewer.items())[:LISTED])
-        message = f"these classes have fewer than {request.shots} training images, all of them are used: {detail}"
-        claim.event("warning.fewer_shots", message, {"classes": sources.fewer}, level="warning")
+    for split, fewer in (("training", sources.fewer), ("val", sources.fewer_val)):
+        if fewer:
+            detail = ", ".join(f"{name} ({n})" for name, n in sorted(fewer.items())[:LISTED])
+            message = f"these classes have fewer than {request.shots} {split} images, all of them are used: {detail}"
+            claim.event("warning.fewer_shots", message, {"split": split, "classes": fewer}, level="warning")
     if not method.needs_captions:
         return
     if left_out := sources.left_out.total():

@@ -1,5 +1,6 @@
 """A run's progress, and the states it goes on from."""
 
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from sqlalchemy import select
 
 from services.trainer.reports import EpochReport, StepReport
 from shared.db.models import Checkpoint
+from shared.errors import InvalidInput
 from shared.ids import new_id
 from shared.jobs import HandedBack, Paused, ledger
 from shared.jobs.claim import Claim
@@ -46,6 +48,16 @@ class Saver:
         self.claim.event("training.resumed", f"going on from step {row.step}", {"step": row.step, "epoch": row.epoch})
         with self.claim.core.store.local_folder(row.storage_key) as folder:
             yield folder
+
+    def begin_anew(self, reason: InvalidInput) -> None:
+        """The saved state is of no use: captions or class names were edited since, or the file is damaged."""
+        self.seconds_before, self.first_step = 0.0, 0
+        message = (
+            "training begins anew: its saved state is of other captions, class names or weights than there are now"
+            if reason.code == "state_of_another_run"
+            else "training begins anew: its saved state cannot be read"
+        )
+        self.claim.event("warning.begun_anew", message, {"code": reason.code}, level="warning")
 
     def on_step(self, report: StepReport) -> None:
         now = time.monotonic()
@@ -107,7 +119,7 @@ class Saver:
                     step=report.step,
                     epoch=report.epoch,
                     storage_key=key,
-                    metrics={"loss": report.loss, "seconds": self.seconds},
+                    metrics={"loss": _finite(report.loss), "seconds": self.seconds},
                 )
             )
         self.saved_at = time.monotonic()
@@ -116,10 +128,15 @@ class Saver:
 def _figures(report: StepReport) -> dict[str, Any]:
     """Of the step, in numbers a person reads; `parts` are the loss's, unweighted."""
     return {
-        "loss": round(report.loss, 4),
-        "parts": {name: round(value, 4) for name, value in report.parts.items()},
+        "loss": _finite(round(report.loss, 4)),
+        "parts": {name: _finite(round(value, 4)) for name, value in report.parts.items()},
         "learning_rate": float(f"{report.lr:.4g}"),
-        "logit_scale": round(report.logit_scale, 3),
-        "grad_norm": float(f"{report.grad_norm:.4g}"),
+        "logit_scale": _finite(round(report.logit_scale, 3)),
+        "grad_norm": _finite(float(f"{report.grad_norm:.4g}")),
         "images_per_second": round(report.images_per_s, 1),
     }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: the gradients' norm in a float16 step that was skipped, or a loss about to be refused."""
+    return value if math.isfinite(value) else None

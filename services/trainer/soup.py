@@ -63,7 +63,7 @@ class Ingredient:
 def cook(claim: Claim, request: FineTuningRequest, settings: TrainerSettings) -> Finish:
     chosen = SoupHyperparameters.model_validate(request.method.hyperparameters)
     with claim.core.transaction() as session:
-        sources = Sources(session.get_one(Dataset, request.dataset_id), val=val_images(session, request))
+        sources = Sources(session.get_one(Dataset, request.dataset_id), val=val_images(session, request)[0])
         found = {
             row.id: row for row in session.scalars(select(Classifier).where(Classifier.id.in_(chosen.classifier_ids)))
         }

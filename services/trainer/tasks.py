@@ -3,6 +3,7 @@ the classifier, and queue its evaluation."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -20,10 +21,13 @@ from services.trainer.settings import TrainerSettings
 from services.trainer.warm import Warm
 from shared.clip import LoadedClip
 from shared.db.models import Image
+from shared.errors import InvalidInput
 from shared.jobs.claim import Claim
 from shared.jobs.worker import Finish
 from shared.pixels import Pixels, load_pixels
 from shared.schemas.fine_tuning import FineTuningRequest
+
+STATE_OF_NO_USE = ("state_of_another_run", "state_unreadable")  # the saved one; training can begin without it
 
 
 def fine_tune(claim: Claim) -> Finish:
@@ -92,12 +96,12 @@ def _features(claim: Claim, request: FineTuningRequest, method: Method, sources:
     if not wanted:
         return features
     unprojected = isinstance(method, Frozen) and method.needs_unprojected
-    passes = [embedder.images] + ([embedder.unprojected] if unprojected else [])
-    progress = _ImageProgress(claim, "embedding images", len(passes) * (len(sources.train) + len(sources.val)))
-    found = [embed(store, split, progress.of(split)) for embed in passes for split in (sources.train, sources.val)]
-    train, val, *raw = found
-    features = replace(features, train=train, val=val)
-    return replace(features, train_unprojected=raw[0], val_unprojected=raw[1]) if raw else features
+    progress = _ImageProgress(claim, "embedding images", len(sources.train) + len(sources.val))
+    embed = embedder.unprojected if unprojected else embedder.images
+    train, val = (embed(store, split, progress.of(split)) for split in (sources.train, sources.val))
+    if unprojected:
+        return replace(features, train_unprojected=train, val_unprojected=val)
+    return replace(features, train=train, val=val)
 
 
 class _ImageProgress:
@@ -141,7 +145,8 @@ def _train(
         val_images=pixels(sources.val),
         val_labels=features.val_labels,
     )
-    with saver.newest() as resume:
+
+    def go_on(resume: Path | None) -> TrainResult:
         return train(
             model.clip,
             method,
@@ -155,6 +160,15 @@ def _train(
             keep_last=request.checkpoints == "best_and_last",
             processes=warm.processes(settings),
         )
+
+    with saver.newest() as resume:
+        try:
+            return go_on(resume)
+        except InvalidInput as error:
+            if error.code not in STATE_OF_NO_USE:
+                raise
+            saver.begin_anew(error)
+    return go_on(None)
 
 
 def _save_last(

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from services.trainer.settings import TrainerSettings
-from shared.clip import LoadedClip, load_clip
+from shared.clip import LoadedClip, files_of, load_clip
 from shared.config import CoreSettings
 from shared.embedder import Embedder
 from shared.row_cache import RowCache, open_cache
@@ -26,11 +26,19 @@ class Warm:
 
 def model(name: str, core: CoreSettings, settings: TrainerSettings) -> Warm:
     """Raises what `load_clip` does."""
-    return _model(name, core.model_cache, tuple(core.model_roots), core.cache_bytes, str(place(settings)))
+    roots = tuple(core.model_roots)
+    return _model(name, core.model_cache, roots, core.cache_bytes, str(place(settings)), files_of(name, roots))
 
 
 @lru_cache(maxsize=MODELS)
-def _model(name: str, model_cache: Path, roots: tuple[Path, ...], cache_bytes: int, device: str) -> Warm:
+def _model(
+    name: str,
+    model_cache: Path,
+    roots: tuple[Path, ...],
+    cache_bytes: int,
+    device: str,
+    files: tuple[tuple[str, int, int], ...],  # so that a directory whose weights were replaced is another model
+) -> Warm:
     clip = load_clip(name, model_cache, roots)
     cache = open_cache(model_cache / "rows", cache_bytes)
     return Warm(clip, Embedder(clip, cache, device), cache)

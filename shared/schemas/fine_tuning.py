@@ -128,7 +128,8 @@ class ClassifierEdit(Request):
 
 class GroupRuns(Request):
     """Every combination of these lists is a run. What a method does not use makes no difference to it: methods without
-    captions run once for all `caption_job_ids`, methods that do not train once for all shots and seeds."""
+    captions run once for all `caption_job_ids`, methods on frozen features once for all seeds with one shot seed, and
+    zero-shot ones without captions once for all shots and seeds."""
 
     models: list[str] = Field(default=["starter"], min_length=1, max_length=100)
     methods: list[MethodSpec] = Field(default=[MethodSpec()], min_length=1, max_length=100)

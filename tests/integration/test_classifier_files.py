@@ -348,13 +348,15 @@ def test_a_spoilt_import_is_refused_with_a_reason(
 
 def test_archives_that_are_none_or_reach_out(lab: Lab, anna: TestClient, dataset_id: str, tmp_path: Path) -> None:
     write_folder(tmp_path, lab.clip)
-    escaping, scattered, bomb = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    escaping, scattered, bomb, long = io.BytesIO(), io.BytesIO(), io.BytesIO(), io.BytesIO()
     with zipfile.ZipFile(escaping, "w") as packed:
         packed.writestr("../../captune.json", "{}")
     with zipfile.ZipFile(scattered, "w") as packed:
         packed.write(tmp_path / "captune.json", "a/captune.json")
         packed.write(tmp_path / "head.safetensors", "b/head.safetensors")
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("head.safetensors", b"0" * (80 * 2**20))
+    with zipfile.ZipFile(long, "w", zipfile.ZIP_DEFLATED) as packed:
         packed.writestr("captune.json", b"0" * (80 * 2**20))
     cases = [
         (b"", "empty_file"),
@@ -363,6 +365,7 @@ def test_archives_that_are_none_or_reach_out(lab: Lab, anna: TestClient, dataset
         (escaping.getvalue(), "bad_classifier"),
         (scattered.getvalue(), "bad_classifier"),
         (bomb.getvalue(), "archive_bomb"),
+        (long.getvalue(), "bad_classifier"),
     ]
     for data, code in cases:
         answer = post_import(anna, data, dataset_id)

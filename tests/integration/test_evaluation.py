@@ -7,17 +7,22 @@ import numpy as np
 import pytest
 import torch
 from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
 from services.evaluator import predictions, tasks, temperature
+from services.evaluator.gathering import Sources, gather
 from services.evaluator.metrics import METRICS, score
 from services.evaluator.passes.caption_statistics import distinct_2
+from shared.classifier_card import read_card
 from shared.clip import encode_image, encode_text
 from shared.core import Core
-from shared.db.models import Classifier, Dataset, Evaluation, Image, LeaderboardVersion, Score
+from shared.db.models import Classifier, Dataset, Evaluation, Image, Job, LeaderboardVersion, Score
 from shared.jobs.worker import Runner
+from shared.schemas.evaluations import EvaluationRequest
 from shared.schemas.fine_tuning import FineTuningRequest, MethodSpec
 from tests.integration.evaluations import Lab
 from tests.integration.factories import (
+    FINGERPRINT,
     add_caption,
     add_classifier,
     add_dataset,
@@ -141,6 +146,50 @@ def test_other_data_leave_nothing_of_the_earlier_scores(lab: Lab, dataset_id: st
     assert job.result is not None
     assert scores == job.result["scores"]
     assert "corruption_top1" not in scores
+
+
+def rename_while_scored(lab: Lab, dataset_id: str, monkeypatch: pytest.MonkeyPatch, **request: Any) -> list[Job]:
+    """The data set changes after the first job has read it, and a second one is done before the first ends."""
+    done: list[Job] = []
+    changed = False
+
+    def slow(session: Session, asked: EvaluationRequest) -> Sources:
+        nonlocal changed
+        found = gather(session, asked)
+        if not changed:
+            changed = True
+            with lab.core.transaction() as other:
+                other.get_one(Dataset, dataset_id).fingerprint = "9" * 64
+            done.append(lab.evaluate(dataset_id, **request))
+        return found
+
+    monkeypatch.setattr(tasks, "gather", slow)
+    return [lab.evaluate(dataset_id, **request), *done]
+
+
+def test_scores_of_what_the_data_were_do_not_replace_those_of_what_they_are(
+    lab: Lab, dataset_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id = lab.add_classifier(dataset_id)
+    old, new = rename_while_scored(lab, dataset_id, monkeypatch, classifier_id=id)
+    assert (old.status, (old.error or {})["code"], new.status) == ("failed", "dataset_changed", "succeeded")
+    (row,), scores = lab.standing(classifier_id=id)
+    assert (row.id, row.data_fingerprint) == (new.id, "9" * 64)
+    assert scores == (new.result or {})["scores"]
+
+
+def test_a_bare_model_is_kept_with_the_data_it_was_scored_on(
+    lab: Lab, dataset_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = rename_while_scored(lab, dataset_id, monkeypatch, model="tiny")
+    fingerprints = {}
+    for job in (old, new):
+        assert job.status == "succeeded", job.error
+        row = _row(lab.core, (job.result or {})["classifier_id"])
+        fingerprints[job.id] = row.data_fingerprint
+        with lab.core.store.local_folder(row.storage_key) as folder:
+            assert read_card(folder).data_fingerprint == row.data_fingerprint
+    assert fingerprints == {old.id: FINGERPRINT, new.id: "9" * 64}
 
 
 def test_evaluations_at_once_leave_one(lab: Lab, dataset_id: str) -> None:
@@ -459,6 +508,7 @@ def test_what_cannot_be_scored_is_refused_at_once(lab: Lab, dataset_id: str) -> 
         (own | {"held_aside_dataset_id": dataset_id}, 422, "not_held_aside", "held_aside_dataset_id"),
         (own | {"held_aside_dataset_id": bens}, 404, "not_found", "held_aside_dataset_id"),
         (own | {"held_aside_dataset_id": running}, 409, "dataset_not_ready", "held_aside_dataset_id"),
+        (own | {"caption_job_id": "cap_of_nobody"}, 404, "not_found", "caption_job_id"),
         (own | {"caption_job_id": of_train}, 422, "captions_of_another_split", "caption_job_id"),
         (own | {"caption_job_id": of_other}, 422, "captions_of_another_dataset", "caption_job_id"),
         (own | {"caption_job_id": unfinished}, 409, "captions_not_ready", "caption_job_id"),

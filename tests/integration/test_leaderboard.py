@@ -129,6 +129,8 @@ def test_the_shots_filter_keeps_the_zero_shot_rows(
     zero_shot(core, dataset_id, 0.1)
     for number in (4, 16, None):
         add_classifier(core, dataset_id, {"top1": 0.5}, shots=number)
+    # Trains nothing either, but its captions are those of two images a class.
+    add_classifier(core, dataset_id, {"top1": 0.3}, method="caption_prototypes", protocol="zero_shot", shots=2)
     assert [f"{row['method']} {row['shots']}" for row in board(api, dataset_id, shots=shots)] == methods
 
 

@@ -1,15 +1,17 @@
 """CLIP-LoRA: "Low-Rank Few-Shot Adaptation of Vision-Language Models", arXiv 2405.18541.
 
-Low-rank adapters (arXiv 2106.09685) in the attention layers of both towers, or of one, everything else frozen, trained
-on the cross-entropy of images against the class templates, which are encoded anew in each step:
+Low-rank adapters (arXiv 2106.09685) in both towers, or in one, everything else frozen, trained on the cross-entropy of
+images against the class templates, which are encoded anew in each step:
 
     L = -log softmax_c(exp(logit_scale) * cos(image, "a photo of a {c}."))_y.
 
 The classifier is the templates' embeddings by the adapted text tower. Defaults from the paper: rank 2, learning rate
-2e-4, decay 1e-2, batch 32. Ours: 50 epochs like the other fine-tunes (the paper takes 500 steps for each shot, which is
-16,000 epochs divided by the number of classes: raise `epochs` to come near it), the logit scale is trained too (the
-paper's stays at 100), and crops are those of the shared loop. Expected: in the paper it is above prompt tuning and
-adapters on the mean of 11 data sets at every number of shots; with far fewer steps than the paper's, less than that.
+2e-4, decay 1e-2, batch 32. Ours: adapters in every linear layer, attention and ungrouped convolution, scaled by 1 and
+without dropout (the paper: on query, key and value alone, with dropout 0.25), so that towers without attention have
+some too; 50 epochs like the other fine-tunes (the paper takes 500 steps for each shot, which is 16,000 epochs divided
+by the number of classes: raise `epochs` to come near it); the logit scale is trained too (the paper's stays at 100);
+crops are those of the shared loop. Expected: in the paper it is above prompt tuning and adapters on the mean of 11 data
+sets at every number of shots; with far fewer steps than the paper's, less than that.
 """
 
 from collections.abc import Sequence

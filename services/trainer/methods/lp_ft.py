@@ -45,6 +45,8 @@ class LPFT(CrossEntropy):
 
     def head(self, features: "Features", clip: "LoadedClip", seed: int) -> "nn.Linear | None":
         from services.trainer.logistic_regression import probe
+        from services.trainer.threads import threads_for
 
         features.check_train(self.name)
-        return trainable(probe(features, self.hyperparameters.inverse_regularisation)[0])
+        with threads_for(len(features.train_labels)):
+            return trainable(probe(features, self.hyperparameters.inverse_regularisation)[0])

@@ -73,22 +73,29 @@ class ProLIP(Frozen):
         head = Head.of_prototypes(features.prototypes, features.logit_scale)
         text = head.weight.to(device)
         original = projection.weight.float()
-        weight = original.clone().requires_grad_()
+        weight = original.clone()
         optimizer = torch.optim.Adam([weight], lr=hp.learning_rate, fused=True)
         for step in range(hp.steps):
             optimizer.param_groups[0]["lr"] = hp.learning_rate * (1 + math.cos(math.pi * step / hp.steps)) / 2
-            optimizer.zero_grad()
-            emb = F.normalize(projection.project(x, weight), dim=-1)
-            loss = F.cross_entropy(emb @ text.T, labels) + penalty * (weight - original).square().sum()
-            loss.backward()  # type: ignore[no-untyped-call]
+            projected = projection.project(x, weight).requires_grad_()
+            cross_entropy = F.cross_entropy(F.normalize(projected, dim=-1) @ text.T, labels)
+            (slope,) = torch.autograd.grad(cross_entropy, projected)
+            # The weight's gradient written out: the penalty's part costs no passes of its own over the weights.
+            left, right = (slope.T, x) if projection.of_layer else (x.T, slope)
+            weight.grad = torch.addmm(weight - original, left, right, beta=2 * penalty)
             optimizer.step()
-        final = weight.detach().cpu().contiguous()
+        final = weight.cpu().contiguous()
         if not torch.isfinite(final).all():
             raise InvalidInput(
                 f"Training of the projection has diverged. Lower learning_rate (now {hp.learning_rate:g}).",
                 code="loss_not_finite",
                 param="method.hyperparameters.learning_rate",
             )
-        moved = float((final - original.cpu()).norm() / original.norm())
-        chosen = {"penalty": penalty, "steps": hp.steps, "relative_change": moved, "loss": float(loss.detach())}
+        distance = (weight - original).norm()
+        chosen = {
+            "penalty": penalty,
+            "steps": hp.steps,
+            "relative_change": float(distance / original.norm()),
+            "loss": float(cross_entropy.detach() + penalty * distance.square()),
+        }
         return Fit(head, changed={projection.name: final}, chosen=chosen, trainable_parameters=final.numel())

@@ -184,6 +184,20 @@ def test_another_models_embeddings_are_its_own(
     assert not torch.allclose(Embedder(tiny, cache).texts(["a"]), Embedder(other, cache).texts(["a"]), atol=1e-2)
 
 
+def test_embeddings_are_computed_anew_once_images_become_other_pixels(
+    cache: RowCache, store: Store, tiny: LoadedClip, images: list[Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Embedder(tiny, cache).images(store, images, quiet)
+    computed: list[int] = []
+    monkeypatch.setattr("shared.embedder.encode_image", lambda clip, pixels: computed.append(len(pixels)) or pixels)
+    Embedder(tiny, cache).images(store, images, quiet)
+    assert not computed
+    monkeypatch.setattr("shared.pixels._VERSION", 99)
+    with pytest.raises((RuntimeError, ValueError)):  # what stands in gives pixels, which are no embeddings
+        Embedder(tiny, cache).images(store, images, quiet)
+    assert computed
+
+
 def test_class_means_count_a_text_as_often_as_it_occurs(tiny: LoadedClip) -> None:
     texts = [["a cat", "a cat", "a tabby"], ["a dog"]]
     rows = encode_text(tiny, texts[0])

@@ -1,6 +1,7 @@
 """Methods on frozen features, against other implementations of the same optimum or formula."""
 
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +14,11 @@ from sklearn.linear_model import LogisticRegression
 
 from services.trainer import frozen
 from services.trainer.features import Features
-from services.trainer.logistic_regression import DEFAULT, GRID, fit
+from services.trainer.logistic_regression import DEFAULT, GRID, Regression
+from services.trainer.memory import peak_memory
 from services.trainer.methods import METHODS, build
 from services.trainer.methods.gda import gaussian
+from services.trainer.threads import threads_for
 from shared.clip import encode_image, normalise
 from shared.errors import InvalidInput
 from shared.projection import last_projection
@@ -44,10 +47,11 @@ def without_val(given: Features) -> Features:
 # -- linear probe ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("n", "dim"), [(20, 8), (4, 40)])  # more images than dimensions, and fewer
 @pytest.mark.parametrize("c", [0.01, 1.0, 100.0, 1e4])
-def test_the_probe_is_scikit_learns_at_the_same_regularisation(c):
-    x, labels = clusters(20)
-    weight, bias = fit(x.double(), labels, 3, c)
+def test_the_probe_is_scikit_learns_at_the_same_regularisation(c, n, dim):
+    x, labels = clusters(n, dim=dim)
+    weight, bias = Regression(x, labels, 3).fit(c)
     theirs = LogisticRegression(C=c, tol=1e-10, max_iter=100_000).fit(x.double().numpy(), labels.numpy())
     np.testing.assert_allclose(weight, theirs.coef_, rtol=1e-3, atol=1e-4 * np.abs(theirs.coef_).max())
     # A constant added to every bias changes no probability.
@@ -56,8 +60,9 @@ def test_the_probe_is_scikit_learns_at_the_same_regularisation(c):
 
 def test_a_start_elsewhere_ends_at_the_same_optimum():
     x, labels = clusters(20)
-    cold = fit(x.double(), labels, 3, 10.0)
-    warm = fit(x.double(), labels, 3, 10.0, fit(x.double(), labels, 3, 0.01))
+    regression = Regression(x, labels, 3)
+    cold = regression.fit(10.0)
+    warm = regression.fit(10.0, regression.fit(0.01))
     for one, other in zip(cold, warm, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
@@ -180,6 +185,23 @@ def test_one_small_prolip_step_goes_against_the_gradient(tiny, of_balls):
     torch.testing.assert_close(moved[clear], -1e-4 * gradient.sign()[clear], rtol=1e-2, atol=1e-7)
 
 
+def test_a_prolip_step_on_a_layers_weight_goes_against_its_gradient(tiny_resnet):
+    """Which is stored the other way round than a ViT's bare projection, and has a bias."""
+    projection = last_projection(tiny_resnet)
+    assert projection.of_layer
+    rng = torch.Generator().manual_seed(0)
+    prototypes = F.normalize(torch.randn(3, len(projection.weight), generator=rng), dim=-1)
+    x, labels = torch.randn(9, projection.weight.shape[1], generator=rng), torch.arange(9) % 3
+    given = Features(NAMES, prototypes, 20.0, 3, train_labels=labels, train_unprojected=x)
+    found = build("prolip", {"steps": 1, "learning_rate": 1e-4}).fit(given, tiny_resnet, 0)
+    weight = projection.weight.clone().requires_grad_()
+    logits = 20.0 * F.normalize(projection.project(x, weight), dim=-1) @ prototypes.T
+    gradient = torch.autograd.grad(F.cross_entropy(logits, labels), weight)[0]
+    moved = found.changed[projection.name] - projection.weight
+    clear = gradient.abs() > gradient.abs().mean() / 10
+    torch.testing.assert_close(moved[clear], -1e-4 * gradient.sign()[clear], rtol=1e-2, atol=1e-7)
+
+
 def test_prolip_ends_at_the_optimum_of_its_objective(tiny, of_balls):
     """Whose gradient is 0: the cross-entropy's is balanced by the penalty's, 2 * lambda * (W - W0)."""
     found = build("prolip", {"steps": 3000, "learning_rate": 1e-3, "penalty": 0.5}).fit(of_balls, tiny, 0)
@@ -250,11 +272,29 @@ def test_a_run_scores_its_head_on_the_validation_images(name, tiny, of_balls, ba
     assert set(result.model_state) == ({"visual.proj"} if name == "prolip" else set())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process reset its peak")
+def test_the_peak_memory_is_this_runs_and_not_an_earlier_ones(tiny, of_balls):
+    earlier = torch.ones(300 * 2**20, dtype=torch.uint8)
+    before = peak_memory(torch.device("cpu"))
+    del earlier
+    result = frozen.fit(tiny, build("zero_shot", {}), of_balls, 0)
+    assert (result.peak_memory_bytes or 0) < before - 200 * 2**20
+
+
 @pytest.mark.parametrize("name", NOT_FINE_TUNES)
 def test_a_run_without_validation_has_no_score(name, tiny, of_balls):
     empty = torch.empty(0)
     bare = replace(of_balls, val=empty, val_labels=empty.long(), val_unprojected=empty)
     assert frozen.fit(tiny, build(name, {}), bare, 0).val_top1 is None
+
+
+def test_small_fits_take_one_thread_and_leave_the_rest_as_they_were():
+    torch.set_num_threads(2)
+    with threads_for(48):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    with threads_for(100_000):
+        assert torch.get_num_threads() == 2
 
 
 def test_zero_shot_needs_no_images(tiny):

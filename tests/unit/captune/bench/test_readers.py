@@ -344,7 +344,7 @@ def test_synsets_that_clips_names_call_alike_stay_two() -> None:
 def test_imagenet_refuses_names_that_would_make_two_synsets_one_class(built: Callable[[str], Path]) -> None:
     root = built("imagenet")
     text(root, "classnames.txt", [f"{wnid} {'Tub' if i else 'tub'}" for i, wnid in enumerate(WNIDS)])
-    with pytest.raises(LayoutError, match="calls both .* and .* 'Tub'"):
+    with pytest.raises(LayoutError, match=r"calls both .* and .* 'Tub'"):
         read("imagenet", root, 0)
 
 
