@@ -34,9 +34,9 @@ from sqlalchemy.orm import Session
 
 from captune.tables import table
 from services.embedded.servers import start_postgres, start_valkey
-from services.evaluator import leaderboard_query
-from services.evaluator.leaderboard import Board, header
-from services.evaluator.leaderboard_query import Asked, board_rows
+from services.evaluator.board import leaderboard_query
+from services.evaluator.board.leaderboard import Board, header
+from services.evaluator.board.leaderboard_query import Asked, board_rows
 from shared.auth import Principal, create_key
 from shared.config import CoreSettings
 from shared.core import Core

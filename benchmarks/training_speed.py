@@ -38,11 +38,11 @@ from fine_tuning.ours import Ours  # noqa: E402
 
 from captune.tables import table  # noqa: E402
 from services.trainer import methods  # noqa: E402
-from services.trainer.data import TrainData  # noqa: E402
 from services.trainer.features import Features  # noqa: E402
-from services.trainer.loop import train  # noqa: E402
-from services.trainer.memory import freed_blocks_kept  # noqa: E402
 from services.trainer.methods.mmft import MMFT  # noqa: E402
+from services.trainer.training.data import TrainData  # noqa: E402
+from services.trainer.training.loop import train  # noqa: E402
+from services.trainer.training.memory import freed_blocks_kept  # noqa: E402
 from shared.clip import LoadedClip  # noqa: E402
 from shared.row_cache import RowCache  # noqa: E402
 

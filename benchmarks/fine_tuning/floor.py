@@ -8,13 +8,13 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from services.trainer.data import RunTexts, TrainData
-from services.trainer.gradients import Autocast
-from services.trainer.losses import mmft_loss
-from services.trainer.memory import freed_blocks_kept
 from services.trainer.methods.mmft import MMFT
-from services.trainer.optim import freeze_batch_norm_statistics, parameter_groups, prefer_channels_last
-from services.trainer.randomness import generator
+from services.trainer.training.data import RunTexts, TrainData
+from services.trainer.training.gradients import Autocast
+from services.trainer.training.losses import mmft_loss
+from services.trainer.training.memory import freed_blocks_kept
+from services.trainer.training.optim import freeze_batch_norm_statistics, parameter_groups, prefer_channels_last
+from services.trainer.training.randomness import generator
 from shared.clip import LoadedClip, encode_text_batch, encode_tokens, normalise, trim_padding
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from fine_tuning.material import Material, Split
-from services.trainer.data import TrainData
 from services.trainer.features import Features
 from services.trainer.frozen import fit
-from services.trainer.loop import StepReport, train
 from services.trainer.methods.base import Method
 from services.trainer.methods.mmft import MMFT
-from services.trainer.reports import TrainResult
+from services.trainer.training.data import TrainData
+from services.trainer.training.loop import StepReport, train
+from services.trainer.training.reports import TrainResult
 from shared.clip import LoadedClip, encode_image
 from shared.db.models import Image
 from shared.embedder import Embedder

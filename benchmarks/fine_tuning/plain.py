@@ -18,9 +18,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
 from fine_tuning.material import Material, Split, opened
-from services.trainer.losses import mmft_loss
 from services.trainer.methods.mmft import MMFTHyperparameters
-from services.trainer.optim import MAX_LOGIT_SCALE, freeze_batch_norm_statistics
+from services.trainer.training.losses import mmft_loss
+from services.trainer.training.optim import MAX_LOGIT_SCALE, freeze_batch_norm_statistics
 from shared.clip import LoadedClip
 from shared.head import Head
 from shared.templates import prefixed

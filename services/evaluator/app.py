@@ -3,7 +3,9 @@ classifier is asked for a prediction, is downloaded whole or is imported; not be
 
 from fastapi import FastAPI
 
-from services.evaluator import routes, routes_classifiers, routes_leaderboard
+from services.evaluator import routes
+from services.evaluator.board import routes_leaderboard
+from services.evaluator.prediction import routes_classifiers
 from shared.config import CoreSettings
 from shared.core import Core
 from shared.cpu import share_cores

@@ -9,8 +9,8 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from starlette.background import BackgroundTask
 
-from services.evaluator import rescoring
-from services.evaluator.submission import submit
+from services.evaluator.scoring import rescoring
+from services.evaluator.scoring.submission import submit
 from shared.auth import Admin, Reader, Writer, create_key
 from shared.db.models import ApiKey, Job
 from shared.errors import NotFound

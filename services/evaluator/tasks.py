@@ -5,16 +5,16 @@ from typing import Any
 
 import torch
 
-from services.evaluator import bare, predictions, tables, temperature, warm
-from services.evaluator.classes import check_classes
-from services.evaluator.gathering import Sources, gather
-from services.evaluator.measuring import embedded, measure
 from services.evaluator.metrics import Predictions, scores
-from services.evaluator.predictions import Kept
-from services.evaluator.recording import Scored
+from services.evaluator.scoring import bare, predictions, tables, temperature, warm
+from services.evaluator.scoring.classes import check_classes
+from services.evaluator.scoring.gathering import Sources, gather
+from services.evaluator.scoring.measuring import embedded, measure
+from services.evaluator.scoring.predictions import Kept
+from services.evaluator.scoring.recording import Scored
+from services.evaluator.scoring.subject import OnBase, Subject, open_subject
+from services.evaluator.scoring.temperature import Temperature
 from services.evaluator.settings import EvaluatorSettings
-from services.evaluator.subject import OnBase, Subject, open_subject
-from services.evaluator.temperature import Temperature
 from shared.head import Head
 from shared.jobs.claim import Claim
 from shared.jobs.worker import Finish

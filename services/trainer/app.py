@@ -2,13 +2,13 @@
 
 from fastapi import FastAPI
 
-from services.trainer import groups, routes
+from services.trainer.routes import fine_tuning, groups
 from shared.config import CoreSettings
 from shared.core import Core
 from shared.logging import configure
 from shared.web import create_api
 
-ROUTERS = (routes.router, groups.router)
+ROUTERS = (fine_tuning.router, groups.router)
 
 
 def create_app() -> FastAPI:

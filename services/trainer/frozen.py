@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from services.trainer.features import Features
-from services.trainer.memory import forget_peak, peak_memory
 from services.trainer.methods.base import Fit, Frozen, Method
-from services.trainer.reports import TrainResult
 from services.trainer.threads import threads_for
+from services.trainer.training.memory import forget_peak, peak_memory
+from services.trainer.training.reports import TrainResult
 from shared.clip import LoadedClip
 from shared.errors import InvalidInput
 from shared.head import Head
@@ -31,7 +31,7 @@ def fit(clip: LoadedClip, method: Method, features: Features, seed: int) -> Trai
     elif method.kind == "zero_shot":
         found = Fit(Head.of_prototypes(features.prototypes, features.logit_scale))
     else:
-        raise TypeError(f"{method.name} is trained by services/trainer/loop.py")
+        raise TypeError(f"{method.name} is trained by services/trainer/training/loop.py")
     val_top1 = _val_top1(clip, features, found)
     seconds = time.perf_counter() - start
     return TrainResult(

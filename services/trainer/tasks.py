@@ -7,18 +7,20 @@ from pathlib import Path
 
 import torch
 
-from services.trainer import frozen, methods, soup, soup_request, warm
-from services.trainer.data import TrainData
+from services.trainer import frozen, methods
 from services.trainer.features import Features
-from services.trainer.gathering import Sources, gather
-from services.trainer.loop import train
 from services.trainer.methods.base import FineTune, Frozen, Method
-from services.trainer.notices import warn
-from services.trainer.recording import Record, add_checkpoint, save_classifier
-from services.trainer.reports import Diverged, TrainResult
-from services.trainer.saver import Saver
+from services.trainer.routes import soup_request
+from services.trainer.runs import soup, warm
+from services.trainer.runs.gathering import Sources, gather
+from services.trainer.runs.notices import warn
+from services.trainer.runs.recording import Record, add_checkpoint, save_classifier
+from services.trainer.runs.saver import Saver
+from services.trainer.runs.warm import Warm
 from services.trainer.settings import TrainerSettings
-from services.trainer.warm import Warm
+from services.trainer.training.data import TrainData
+from services.trainer.training.loop import train
+from services.trainer.training.reports import Diverged, TrainResult
 from shared.clip import LoadedClip
 from shared.db.models import Image
 from shared.errors import InvalidInput

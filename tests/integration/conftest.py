@@ -132,7 +132,8 @@ def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def lab(core: Core, model_root: Path, tmp_path: Path) -> Iterator[Any]:
     """A `tests.integration.evaluations.Lab`: the model "tiny", and room for its weights in an upload."""
-    from services.evaluator import loading, warm
+    from services.evaluator.prediction import loading
+    from services.evaluator.scoring import warm
     from tests.integration.evaluations import Lab, open_model
 
     changes = {"model_roots": [model_root], "model_cache": tmp_path, "cache_bytes": 64 * 2**20}

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from safetensors.torch import save_file
 from sqlalchemy import select
 
-from services.evaluator import predictions
+from services.evaluator.scoring import predictions
 from shared.classifier import CARD, CHANGED, HEAD, Classifier, ClassifierCard, Preprocessing, load_classifier
 from shared.classifier_card import sha256_file
 from shared.clip import LoadedClip, load_clip, preprocess_uint8, save_clip

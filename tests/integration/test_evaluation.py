@@ -9,10 +9,11 @@ import torch
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from services.evaluator import predictions, tasks, temperature
-from services.evaluator.gathering import Sources, gather
+from services.evaluator import tasks
 from services.evaluator.metrics import METRICS, score
 from services.evaluator.passes.caption_statistics import distinct_2
+from services.evaluator.scoring import predictions, temperature
+from services.evaluator.scoring.gathering import Sources, gather
 from shared.classifier_card import read_card
 from shared.clip import encode_image, encode_text
 from shared.core import Core
@@ -539,7 +540,7 @@ def test_rescoring_needs_no_model(lab: Lab, dataset_id: str, monkeypatch: Any) -
     assert version(lab.core, dataset_id) == number + 1
     assert ben.post(f"/v1/evaluations/{job.id}/rescore").status_code == 404
     assert lab.client("anna", "read").post(f"/v1/evaluations/{job.id}/rescore").status_code == 403
-    monkeypatch.setattr("services.evaluator.rescoring.MAX_LOGITS", 3)
+    monkeypatch.setattr("services.evaluator.scoring.rescoring.MAX_LOGITS", 3)
     assert anna.post(f"/v1/evaluations/{job.id}/rescore").json()["code"] == "too_many_predictions"
 
 

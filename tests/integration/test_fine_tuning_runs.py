@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from sqlalchemy import select
 
-from services.trainer import methods, warm
+from services.trainer import methods
 from services.trainer.methods.base import Batch
 from services.trainer.methods.flyp import FLYP
-from services.trainer.submission import create_run, normalised
+from services.trainer.routes.submission import create_run, normalised
+from services.trainer.runs import warm
 from shared.classifier import load_classifier, read_card
 from shared.clip import encode_image, load_clip
 from shared.core import Core
@@ -421,7 +422,7 @@ def test_a_step_without_finite_gradients_is_told_as_json_can(
     core: Core, submit: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As float16's first steps often are, which the optimiser skips."""
-    monkeypatch.setattr("services.trainer.reports.StepReport.grad_norm", float("inf"))
+    monkeypatch.setattr("services.trainer.training.reports.StepReport.grad_norm", float("inf"))
     job_id = submit("flyp", QUICK)
     done(core, job_id)
     (first, *_) = (event.data for event in events_of(core, job_id) if event.type == "training.epoch")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from services.trainer.submission import identity
+from services.trainer.routes.submission import identity
 from shared.core import Core
 from shared.db.models import Job, LeaderboardVersion
 from tests.integration.factories import (

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import select
 
 from services.trainer import methods
-from services.trainer.gathering import gather
+from services.trainer.runs.gathering import gather
 from shared.core import Core
 from shared.db.models import Image
 from shared.schemas.fine_tuning import FineTuningRequest

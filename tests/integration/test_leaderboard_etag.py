@@ -11,8 +11,8 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
-from services.evaluator import routes_leaderboard
-from services.evaluator.leaderboard import Board
+from services.evaluator.board import routes_leaderboard
+from services.evaluator.board.leaderboard import Board
 from shared.core import Core
 from shared.db.models import LeaderboardVersion
 from shared.leaderboard_version import bump

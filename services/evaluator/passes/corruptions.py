@@ -1,4 +1,4 @@
-"""Accuracy on corrupted copies of the images (services/evaluator/corrupt.py), as ImageNet-C measures robustness
+"""Accuracy on corrupted copies of the images (services/evaluator/passes/corrupt.py), as ImageNet-C measures robustness
 (Hendrycks & Dietterich 2019, arXiv 1903.12261).
 
 The images are corrupted as the model sees them, after its own resize and crop. At most 200 images, drawn evenly by a
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.evaluator.corrupt import CORRUPTIONS, SEVERITIES, Pixels
 from services.evaluator.passes.base import SEED, OnStep
+from services.evaluator.passes.corrupt import CORRUPTIONS, SEVERITIES, Pixels
 
 LIMIT = 200  # images
 BATCH = 50

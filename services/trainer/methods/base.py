@@ -1,5 +1,5 @@
 """What a way of making a classifier declares: its hyperparameters, the texts an image is paired with, the loss over a
-batch, and the texts whose mean is a class's prototype. The loop (services/trainer/loop.py) does the rest.
+batch, and the texts whose mean is a class's prototype. The loop (services/trainer/training/loop.py) does the rest.
 
 Nothing here imports torch at run time: the API lists methods and validates hyperparameters without it.
 """
@@ -232,7 +232,7 @@ class Batch:
 
 
 class FineTune(Method):
-    """A method trained by the shared loop (services/trainer/loop.py)."""
+    """A method trained by the shared loop (services/trainer/training/loop.py)."""
 
     kind = "fine_tune"
     Hyperparameters: ClassVar[type[MethodHyperparameters]] = FineTuneHyperparameters

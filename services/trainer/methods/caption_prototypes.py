@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from services.trainer.caption_texts import first_captions
 from services.trainer.methods.base import Method, MethodHyperparameters, unit
+from services.trainer.methods.caption_texts import first_captions
 from shared.templates import photo_of, prefixed
 
 

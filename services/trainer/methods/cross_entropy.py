@@ -40,7 +40,7 @@ class CrossEntropy(LinearHead):
     presets = {"paper": {"decay": "all"}}
 
     def loss(self, batch: Batch) -> tuple["Tensor", dict[str, "Tensor"]]:
-        from services.trainer.losses import cross_entropy
+        from services.trainer.training.losses import cross_entropy
 
         assert batch.head is not None
         loss = cross_entropy(batch.head(batch.image_emb), batch.labels, self.hyperparameters.label_smoothing)

@@ -32,7 +32,7 @@ class FLYP(FineTune):
         return [photo_of(display)]
 
     def loss(self, batch: Batch) -> tuple["Tensor", dict[str, "Tensor"]]:
-        from services.trainer.losses import mmft_loss
+        from services.trainer.training.losses import mmft_loss
 
         assert batch.text_emb is not None
         loss, parts = mmft_loss(batch.image_emb, batch.text_emb, batch.logit_scale, batch.labels, 0.0, "exclude_self")

@@ -47,7 +47,7 @@ class LinearProbe(Frozen):
         return [photo_of(display)]
 
     def fit(self, features: "Features", clip: "LoadedClip", seed: int) -> Fit:
-        from services.trainer.logistic_regression import probe
+        from services.trainer.methods.logistic_regression import probe
 
         features.check_train(self.name)
         head, chosen = probe(features, self.hyperparameters.inverse_regularisation)

@@ -67,7 +67,7 @@ class LoRA(FineTune):
         return [photo_of(display)]
 
     def loss(self, batch: Batch) -> tuple["Tensor", dict[str, "Tensor"]]:
-        from services.trainer.losses import cross_entropy
+        from services.trainer.training.losses import cross_entropy
 
         assert batch.text_emb is not None
         loss = cross_entropy(batch.logit_scale * batch.image_emb @ batch.text_emb.T, batch.labels)

@@ -44,7 +44,7 @@ class LPFT(CrossEntropy):
     hyperparameters: LPFTHyperparameters
 
     def head(self, features: "Features", clip: "LoadedClip", seed: int) -> "nn.Linear | None":
-        from services.trainer.logistic_regression import probe
+        from services.trainer.methods.logistic_regression import probe
         from services.trainer.threads import threads_for
 
         features.check_train(self.name)

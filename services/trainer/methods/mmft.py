@@ -5,8 +5,8 @@ fine-tuned whole on
 
     L = w * L_sup + (1 - w) * L_clip,
 
-each averaged over image->text and text->image (services/trainer/losses.py). A class's prototype is the normalised mean
-of the normalised embeddings of every caption of its training images; a class without any has "a photo of a {class}.".
+each averaged over image->text and text->image (training/losses.py). A class's prototype is the normalised mean of the
+normalised embeddings of every caption of its training images; a class without any has "a photo of a {class}.".
 
 Preset `paper`: the paper's w = 0.1 on the *other* pairs of the class, AdamW at 1e-5 with decay 1e-4 of everything, 50
 epochs of batches of 64. Preset `default` differs in `include_self` with w = 0.6 and in leaving norms, biases and the
@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from services.trainer.caption_texts import first_captions, with_sentences
 from services.trainer.methods.base import Batch, FineTune, FineTuneHyperparameters, unit
+from services.trainer.methods.caption_texts import first_captions, with_sentences
 from shared.templates import photo_of, prefixed
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class MMFT(FineTune):
         return [prefixed(display, caption) for caption in captions] or [photo_of(display)]
 
     def loss(self, batch: Batch) -> tuple["Tensor", dict[str, "Tensor"]]:
-        from services.trainer.losses import mmft_loss
+        from services.trainer.training.losses import mmft_loss
 
         assert batch.text_emb is not None
         hp = self.hyperparameters

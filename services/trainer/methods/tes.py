@@ -51,7 +51,7 @@ class TeS(LinearHead):
     presets = {"paper": {"decay": "all"}}
 
     def loss(self, batch: Batch) -> tuple["Tensor", dict[str, "Tensor"]]:
-        from services.trainer.losses import tes_loss
+        from services.trainer.training.losses import tes_loss
 
         assert batch.head is not None
         hp = self.hyperparameters

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from services.evaluator.board_cache import Rendered, RenderedCache, etag, matches
+from services.evaluator.board.board_cache import Rendered, RenderedCache, etag, matches
 
 
 def test_a_tag_stands_for_its_parts() -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from services.evaluator.classes import check_classes
+from services.evaluator.scoring.classes import check_classes
 from shared.errors import InvalidInput
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from services.evaluator.corrupt import CORRUPTIONS, FOG, SEVERITIES, _convolve, _plasma
+from services.evaluator.passes.corrupt import CORRUPTIONS, FOG, SEVERITIES, _convolve, _plasma
 
 SIZE = 64
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.evaluator.formats import FORMULA, escape_latex, escape_markdown, to_csv, to_latex, to_markdown
+from services.evaluator.board.formats import FORMULA, escape_latex, escape_markdown, to_csv, to_latex, to_markdown
 from shared.schemas.evaluations import Leaderboard, LeaderboardRow
 
 TEXTS = st.text(

@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from services.evaluator import predictions
-from services.evaluator.predictions import Kept
+from services.evaluator.scoring import predictions
+from services.evaluator.scoring.predictions import Kept
 from shared.errors import InvalidInput
 from shared.storage import Store
 

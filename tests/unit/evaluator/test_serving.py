@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.evaluator.serving import Model, Predictor
+from services.evaluator.prediction.serving import Model, Predictor
 from shared.errors import InvalidInput, TooBusy
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from services.evaluator.comparison import interval
-from services.evaluator.significance import TwoWay, paired, t_test, two_sided_p, unpaired, welch_test
+from services.evaluator.board.comparison import interval
+from services.evaluator.board.significance import TwoWay, paired, t_test, two_sided_p, unpaired, welch_test
 
 
 @pytest.mark.parametrize("df", [1.0, 1.5, 2.0, 3.7, 10.0, 200.0, 1e6])

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from services.evaluator import tables
 from services.evaluator.metrics import Predictions
+from services.evaluator.scoring import tables
 
 NAMES = ["cat", "dog", "newt", "owl"]
 LABELS = np.array([0, 0, 0, 1, 1, 2])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.evaluator.metrics.base import log_softmax
-from services.evaluator.temperature import HIGHEST, LOWEST, fit
+from services.evaluator.scoring.temperature import HIGHEST, LOWEST, fit
 from shared.errors import InvalidInput
 
 

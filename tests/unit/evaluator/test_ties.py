@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from services.evaluator.correctness import Bits, Run, matrix, pair
-from services.evaluator.ties import Contender, Ties, p_value
+from services.evaluator.board.correctness import Bits, Run, matrix, pair
+from services.evaluator.board.ties import Contender, Ties, p_value
 
 RIGHT = np.random.default_rng(0).random((8, 500)) < 0.7
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.trainer.data import TrainData
+from services.trainer.training.data import TrainData
 from shared.clip import LoadedClip, load_clip
 from tests.tiny_clip import IMAGE_SIZE, write_tiny_clip
 

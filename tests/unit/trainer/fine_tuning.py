@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from services.trainer.data import RunTexts, TrainData
 from services.trainer.features import Features
-from services.trainer.loop import StepReport, TrainResult, train
-from services.trainer.losses import mmft_loss
 from services.trainer.methods.base import Batch, FineTune
-from services.trainer.prototypes import class_prototypes
-from services.trainer.state import read_state
+from services.trainer.training.data import RunTexts, TrainData
+from services.trainer.training.loop import StepReport, TrainResult, train
+from services.trainer.training.losses import mmft_loss
+from services.trainer.training.prototypes import class_prototypes
+from services.trainer.training.state import read_state
 from shared.clip import LoadedClip, encode_tokens
 
 # 10 images in batches of 4 are 3 steps an epoch

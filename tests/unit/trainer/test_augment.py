@@ -8,8 +8,8 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor, resized_crop
 
-from services.trainer.augment import RATIO, SCALE, augment, crop, crop_boxes, draw_crops, resample
-from services.trainer.randomness import generator
+from services.trainer.training.augment import RATIO, SCALE, augment, crop, crop_boxes, draw_crops, resample
+from services.trainer.training.randomness import generator
 
 
 def test_pixels_are_those_of_pil():

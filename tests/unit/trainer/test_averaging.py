@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from services.trainer.averaging import SHARES, choose_share
-from services.trainer.loop import Run
+from services.trainer.training.averaging import SHARES, choose_share
+from services.trainer.training.loop import Run
 from shared.clip import encode_image
 from shared.head import Head
 from tests.unit.trainer.fine_tuning import Classes, Pairs, assert_same_weights, features_of, make, tune

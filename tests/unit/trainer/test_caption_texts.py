@@ -1,6 +1,6 @@
 from itertools import permutations
 
-from services.trainer.caption_texts import first_captions, with_sentences
+from services.trainer.methods.caption_texts import first_captions, with_sentences
 from shared.sentences import sentences
 
 

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from services.trainer import frozen
-from services.trainer.checkpoints import write_classifier
-from services.trainer.data import TrainData
 from services.trainer.features import Features
-from services.trainer.loop import train
 from services.trainer.methods import Method, build
-from services.trainer.reports import TrainResult
+from services.trainer.runs.checkpoints import write_classifier
+from services.trainer.training.data import TrainData
+from services.trainer.training.loop import train
+from services.trainer.training.reports import TrainResult
 from shared.classifier import CARD, CHANGED, HEAD, ClassifierCard, load_classifier, read_card
 from shared.clip import LoadedClip, encode_image, encode_text, load_clip
 from shared.local_dir import WEIGHTS

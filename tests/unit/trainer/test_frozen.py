@@ -14,11 +14,11 @@ from sklearn.linear_model import LogisticRegression
 
 from services.trainer import frozen
 from services.trainer.features import Features
-from services.trainer.logistic_regression import DEFAULT, GRID, Regression
-from services.trainer.memory import peak_memory
 from services.trainer.methods import METHODS, build
 from services.trainer.methods.gda import gaussian
+from services.trainer.methods.logistic_regression import DEFAULT, GRID, Regression
 from services.trainer.threads import threads_for
+from services.trainer.training.memory import peak_memory
 from shared.clip import encode_image, normalise
 from shared.errors import InvalidInput
 from shared.projection import last_projection

@@ -10,10 +10,10 @@ import torch
 from open_clip.transformer import PatchDropout
 from torch import Tensor, nn
 
-from services.trainer.encoding import chunks
-from services.trainer.loop import Run
 from services.trainer.methods.base import FineTune
-from services.trainer.optim import schedule
+from services.trainer.training.encoding import chunks
+from services.trainer.training.loop import Run
+from services.trainer.training.optim import schedule
 from shared.errors import InvalidInput
 from tests.unit.trainer.fine_tuning import Classes, HeadOnly, Pairs, assert_same_weights, features_of, make, tune
 

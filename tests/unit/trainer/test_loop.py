@@ -6,10 +6,10 @@ import pytest
 import torch
 from open_clip.transformer import PatchDropout
 
-from services.trainer.data import TrainData
 from services.trainer.features import Features
-from services.trainer.loop import Diverged, EpochReport, StepReport, train
 from services.trainer.methods import build
+from services.trainer.training.data import TrainData
+from services.trainer.training.loop import Diverged, EpochReport, StepReport, train
 from shared.clip import LoadedClip, encode_image
 from shared.errors import InvalidInput
 from tests.unit.trainer.fine_tuning import (

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.trainer.losses import Variant, cross_entropy, mmft_loss, soft_cross_entropy, soft_targets, tes_loss
+from services.trainer.training.losses import (
+    Variant,
+    cross_entropy,
+    mmft_loss,
+    soft_cross_entropy,
+    soft_targets,
+    tes_loss,
+)
 
 VARIANTS: tuple[Variant, ...] = ("exclude_self", "include_self")
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.trainer import parallel, rank
-from services.trainer.handover import (
+from services.trainer.methods import build
+from services.trainer.processes import parallel, rank
+from services.trainer.processes.handover import (
     Events,
     Job,
     MappedImages,
@@ -19,8 +20,7 @@ from services.trainer.handover import (
     write_job,
     write_result,
 )
-from services.trainer.loop import Diverged, StepReport, TrainResult, train
-from services.trainer.methods import build
+from services.trainer.training.loop import Diverged, StepReport, TrainResult, train
 from shared.errors import InvalidInput, Unavailable
 from shared.head import Head
 from tests.unit.trainer.fine_tuning import (
@@ -117,7 +117,7 @@ def ranks_of(pid: int) -> list[int]:
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             command = (status.parent / "cmdline").read_bytes()
-            if b"services.trainer.rank" in command and b"torch.distributed.run" not in command:
+            if b"services.trainer.processes.rank" in command and b"torch.distributed.run" not in command:
                 torchrun = Path(f"/proc/{_parent(status)}/stat")
                 if _parent(torchrun) == pid:
                     found.append(int(status.parent.name))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from services.trainer.adapters import adaptable
-from services.trainer.loop import Run
 from services.trainer.methods.base import FineTuneHyperparameters
-from services.trainer.optim import layer_factors, parameter_groups, schedule
+from services.trainer.training.adapters import adaptable
+from services.trainer.training.loop import Run
+from services.trainer.training.optim import layer_factors, parameter_groups, schedule
 from shared.clip import encode_image, encode_text, load_clip, save_clip
 from shared.errors import InvalidInput
 from tests.unit.trainer.fine_tuning import Classes, HeadOnly, Pairs, features_of, make, tune

@@ -1,10 +1,10 @@
 import torch
 import torch.nn.functional as F
 
-from services.trainer.data import RunTexts
 from services.trainer.methods import build
-from services.trainer.prototypes import TextTable
-from services.trainer.randomness import generator
+from services.trainer.training.data import RunTexts
+from services.trainer.training.prototypes import TextTable
+from services.trainer.training.randomness import generator
 from shared.clip import encode_text, encode_tokens
 from tests.unit.trainer.fine_tuning import features_of
 

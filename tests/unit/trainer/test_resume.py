@@ -8,9 +8,9 @@ import pytest
 import torch
 from open_clip.transformer import PatchDropout
 
-from services.trainer.loop import EpochReport, StepReport, train
 from services.trainer.methods import build
-from services.trainer.state import FILE, read_state
+from services.trainer.training.loop import EpochReport, StepReport, train
+from services.trainer.training.state import FILE, read_state
 from shared.errors import InvalidInput
 from tests.unit.trainer.fine_tuning import (
     HP,

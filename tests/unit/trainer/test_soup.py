@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from services.trainer.soup import Ingredient, State, greedy
+from services.trainer.runs.soup import Ingredient, State, greedy
 from shared.head import Head
 
 

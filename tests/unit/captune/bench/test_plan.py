@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from captune.bench.data import Entry, Reading
 from captune.bench.plan import FULL, METHODS, Plan, Settings, count_captions, count_runs, plan
 from services.trainer import methods
-from services.trainer.submission import identity, normalised
+from services.trainer.routes.submission import identity, normalised
 from shared.datasets.splits import few_shot
 from shared.schemas.fine_tuning import FineTuningRequest, Method
 
