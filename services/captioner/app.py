@@ -17,7 +17,7 @@ from shared.core import Core
 from shared.cpu import share_cores
 from shared.health import NotReady
 from shared.logging import configure
-from shared.web import create_api
+from shared.web import create_api, settled
 
 ROUTERS = (routes.router, chat.router)
 
@@ -59,4 +59,4 @@ def create_app() -> FastAPI:
     share_cores()
     settings = CoreSettings()
     configure(settings.log_level)
-    return create_api("Captune captioner", Core.from_settings(settings), ROUTERS, [lifespan])
+    return settled(create_api("Captune captioner", Core.from_settings(settings), ROUTERS, [lifespan]))

@@ -11,7 +11,7 @@ from shared.config import CoreSettings
 from shared.core import Core
 from shared.cpu import share_cores
 from shared.logging import configure
-from shared.web import create_api
+from shared.web import create_api, settled
 
 ROUTERS = (*captioner.ROUTERS, *trainer.ROUTERS, *evaluator.ROUTERS)
 
@@ -20,4 +20,4 @@ def create_app() -> FastAPI:
     share_cores()
     settings = CoreSettings()
     configure(settings.log_level)
-    return create_api("Captune", Core.from_settings(settings), ROUTERS, [captioner.lifespan])
+    return settled(create_api("Captune", Core.from_settings(settings), ROUTERS, [captioner.lifespan]))

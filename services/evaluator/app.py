@@ -10,7 +10,7 @@ from shared.config import CoreSettings
 from shared.core import Core
 from shared.cpu import share_cores
 from shared.logging import configure
-from shared.web import create_api
+from shared.web import create_api, settled
 
 ROUTERS = (routes.router, routes_classifiers.router, routes_leaderboard.router)
 
@@ -19,4 +19,4 @@ def create_app() -> FastAPI:
     share_cores()
     settings = CoreSettings()
     configure(settings.log_level)
-    return create_api("Captune evaluator", Core.from_settings(settings), ROUTERS)
+    return settled(create_api("Captune evaluator", Core.from_settings(settings), ROUTERS))
