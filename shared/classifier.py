@@ -6,7 +6,7 @@
                        open_clip loads the folder as "local-dir:"
     changed.safetensors   or, where the model is the base model, the few tensors of it that were changed, if any
 
-Written by services/trainer/runs/checkpoints.py, read by whoever scores or serves. Importing this costs no torch.
+Written by shared/classifier_writer.py, read by whoever scores or serves. Importing this costs no torch.
 """
 
 from collections.abc import Callable

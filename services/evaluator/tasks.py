@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from services.evaluator.metrics import Predictions, scores
-from services.evaluator.scoring import bare, predictions, tables, temperature, warm
+from services.evaluator.scoring import bare, predictions, tables, temperature
 from services.evaluator.scoring.classes import check_classes
 from services.evaluator.scoring.gathering import Sources, gather
 from services.evaluator.scoring.measuring import embedded, measure
@@ -19,6 +19,7 @@ from shared.head import Head
 from shared.jobs.claim import Claim
 from shared.jobs.worker import Finish
 from shared.schemas.evaluations import EvaluationRequest
+from shared.warm import place, row_cache, warm_model
 
 
 def evaluate(claim: Claim) -> Finish:
@@ -64,14 +65,14 @@ def _open(
     claim: Claim, request: EvaluationRequest, sources: Sources, settings: EvaluatorSettings
 ) -> tuple[Subject, Head]:
     """What embeds, and the head to score by. Raises InvalidInput where the head is for other classes."""
-    core = claim.core.settings
+    core, device = claim.core.settings, place(settings.device)
     if sources.classifier is None:
         assert request.model is not None
-        bare_model = OnBase(warm.model(request.model, core, settings))
+        bare_model = OnBase(warm_model(request.model, core, device))
         return bare_model, bare_model.zero_shot(sources.display_names)
     with claim.core.store.local_folder(sources.classifier.storage_key) as folder:
         subject, own, class_names = open_subject(
-            folder, lambda name: warm.model(name, core, settings), warm.cache(core), warm.place(settings)
+            folder, lambda name: warm_model(name, core, device), row_cache(core), str(device)
         )
     if request.head == "zero_shot":
         return subject, subject.zero_shot(sources.display_names)

@@ -11,12 +11,11 @@ from services.trainer import frozen, methods
 from services.trainer.features import Features
 from services.trainer.methods.base import FineTune, Frozen, Method
 from services.trainer.routes import soup_request
-from services.trainer.runs import soup, warm
+from services.trainer.runs import devices, soup
 from services.trainer.runs.gathering import Sources, gather
 from services.trainer.runs.notices import warn
 from services.trainer.runs.recording import Record, add_checkpoint, save_classifier
 from services.trainer.runs.saver import Saver
-from services.trainer.runs.warm import Warm
 from services.trainer.settings import TrainerSettings
 from services.trainer.training.data import TrainData
 from services.trainer.training.loop import train
@@ -28,6 +27,7 @@ from shared.jobs.claim import Claim
 from shared.jobs.worker import Finish
 from shared.pixels import Pixels, load_pixels
 from shared.schemas.fine_tuning import FineTuningRequest
+from shared.warm import Warm, place, warm_model
 
 STATE_OF_NO_USE = ("state_of_another_run", "state_unreadable")  # the saved one; training can begin without it
 
@@ -44,7 +44,7 @@ def fine_tune(claim: Claim) -> Finish:
         sources = gather(session, request, method)
     warn(claim, request, method, sources)
     claim.progress("loading the model", 0, 1)
-    model = warm.model(request.model, claim.core.settings, settings)
+    model = warm_model(request.model, claim.core.settings, place(settings.device))
     micro_batch = method.hyperparameters.micro_batch if isinstance(method, FineTune) else None
     saver = Saver(claim, settings.checkpoint_seconds, micro_batch)
     features = _features(claim, request, method, sources, model)
@@ -67,7 +67,7 @@ def fine_tune(claim: Claim) -> Finish:
         result=result,
         details={
             "train_seconds": 0.0 if method.kind == "zero_shot" else seconds,
-            "device": warm.device_name(settings),
+            "device": devices.device_name(settings),
             "train_images": len(sources.train),
             "val_images": len(sources.val),
             "fewer_shots": sources.fewer,
@@ -160,7 +160,7 @@ def _train(
             on_epoch=saver.on_epoch,
             device=settings.device,
             keep_last=request.checkpoints == "best_and_last",
-            processes=warm.processes(settings),
+            processes=devices.processes(settings),
         )
 
     with saver.newest() as resume:

@@ -26,6 +26,7 @@ from shared.db.migrate import migrate
 from shared.db.models import Base
 from shared.db.session import Database
 from shared.web import create_api
+from tests.integration.captioner_server import CaptionerServer, captioner_server
 from tests.integration.support import DEAD_REDIS, JSON_LIMIT, UPLOAD_LIMIT, Api, Servers, client, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,8 +133,7 @@ def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def lab(core: Core, model_root: Path, tmp_path: Path) -> Iterator[Any]:
     """A `tests.integration.evaluations.Lab`: the model "tiny", and room for its weights in an upload."""
-    from services.evaluator.prediction import loading
-    from services.evaluator.scoring import warm
+    from shared import warm
     from tests.integration.evaluations import Lab, open_model
 
     changes = {"model_roots": [model_root], "model_cache": tmp_path, "cache_bytes": 64 * 2**20}
@@ -147,8 +147,7 @@ def lab(core: Core, model_root: Path, tmp_path: Path) -> Iterator[Any]:
         return client(app, secret)
 
     yield Lab(roomy, open_model(model_root, tmp_path), connect)
-    warm._model.cache_clear()
-    loading._base.cache_clear()
+    warm.forget()
 
 
 @pytest.fixture(scope="session")
@@ -186,3 +185,10 @@ def spawn(core: Core) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     for process in started:
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[CaptionerServer]:
+    with captioner_server() as running:
+        running.serve_worker(monkeypatch)
+        yield running

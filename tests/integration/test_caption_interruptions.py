@@ -1,7 +1,6 @@
 """Caption jobs that are stopped, starved or orphaned lose and double nothing."""
 
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -27,16 +26,9 @@ from tests.integration.caption_jobs import (
     run,
     submit,
 )
-from tests.integration.captioner_server import Answer, Asked, CaptionerServer, captioner_server
+from tests.integration.captioner_server import Answer, Asked, CaptionerServer
 from tests.integration.factories import LONG_AGO, add_dataset, change_job, events_of, read_job
 from tests.integration.support import wait_for
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[CaptionerServer]:
-    with captioner_server() as running:
-        running.serve_worker(monkeypatch)
-        yield running
 
 
 def test_a_cancelled_job_keeps_what_was_finished(core: Core, server: CaptionerServer) -> None:

@@ -1,7 +1,6 @@
 """What exists is not paid for again: reuse, and what a user does to have it asked again (overwrite, redo)."""
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -26,15 +25,8 @@ from tests.integration.caption_jobs import (
     interrupted,
     submit,
 )
-from tests.integration.captioner_server import Answer, Asked, CaptionerServer, captioner_server
+from tests.integration.captioner_server import Answer, Asked, CaptionerServer
 from tests.integration.factories import add_dataset, add_job, change_job, image_row
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[CaptionerServer]:
-    with captioner_server() as running:
-        running.serve_worker(monkeypatch)
-        yield running
 
 
 def test_a_second_identical_job_asks_nothing_and_keeps_edits(core: Core, server: CaptionerServer) -> None:

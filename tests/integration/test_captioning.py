@@ -3,7 +3,6 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 
@@ -21,16 +20,9 @@ from tests.integration.caption_jobs import (
     run,
     submit,
 )
-from tests.integration.captioner_server import Answer, Asked, CaptionerServer, captioner_server
+from tests.integration.captioner_server import Answer, Asked, CaptionerServer
 from tests.integration.factories import add_dataset, read_job
 from tests.integration.support import wait_for
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[CaptionerServer]:
-    with captioner_server() as running:
-        running.serve_worker(monkeypatch)
-        yield running
 
 
 def test_every_image_gets_a_caption_per_characteristic(core: Core, server: CaptionerServer) -> None:

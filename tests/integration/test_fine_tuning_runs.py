@@ -17,7 +17,7 @@ from services.trainer import methods
 from services.trainer.methods.base import Batch
 from services.trainer.methods.flyp import FLYP
 from services.trainer.routes.submission import create_run, normalised
-from services.trainer.runs import warm
+from shared import warm
 from shared.classifier import load_classifier, read_card
 from shared.clip import encode_image, load_clip
 from shared.core import Core
@@ -182,7 +182,7 @@ def test_a_warm_worker_neither_loads_nor_embeds_again(
     core: Core, submit: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done(core, submit("linear_probe", seed=0))
-    loads = warm._model.cache_info().misses
+    loads = warm.loaded().misses
 
     def encoded(*_: object) -> None:
         raise AssertionError("embedded once more")
@@ -191,7 +191,7 @@ def test_a_warm_worker_neither_loads_nor_embeds_again(
     monkeypatch.setattr("shared.embedder.encode_tokens", encoded)
     for name in ("linear_probe", "gda", "zero_shot"):
         done(core, submit(name, shots=3))
-    assert warm._model.cache_info().misses == loads
+    assert warm.loaded().misses == loads
 
 
 def test_seeds_share_a_setting_and_the_rest_does_not(core: Core, submit: Submit) -> None:

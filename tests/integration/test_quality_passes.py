@@ -10,8 +10,9 @@ from sqlalchemy import select
 
 from services.captioner.captioning.planning import to_redo
 from services.captioner.captioning.writing import forget_comparisons, write
-from services.captioner.quality import agreement, passes
+from services.captioner.quality import passes
 from services.captioner.quality.passes import mark_duplicates, measure_agreement
+from shared import warm
 from shared.core import Core
 from shared.db.models import Caption, CaptionJobItem, Image
 from shared.jobs import LeaseLost, ledger
@@ -237,7 +238,7 @@ def with_clip(core: Core, tmp_path: Path) -> Iterator[Core]:
     write_tiny_clip(tmp_path / "tiny")
     settings = core.settings.model_copy(update={"model_cache": tmp_path, "model_roots": [tmp_path]})
     yield Core(settings, core.db, core.queue, core.store)
-    agreement.warm_clip.cache_clear()
+    warm.forget()
 
 
 def test_agreement_is_measured_flagged_and_measured_again(with_clip: Core, job_id: str) -> None:

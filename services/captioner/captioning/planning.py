@@ -35,7 +35,7 @@ class Picture(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """One caption of a job. `key`: see `wanted_for`."""
+    """One caption of a job. `key`: see `asks`."""
 
     image: Picture
     characteristic: str
@@ -119,16 +119,11 @@ def _pictures(core: Core, query: Select[str, str, str, str, str]) -> list[Pictur
 # -- which captions ----------------------------------------------------------------------------------------------------
 
 
-def wanted_for(image: Picture, request: CaptionJobRequest, model: dict[str, Any], display_name: str) -> list[Wanted]:
-    """An image's captions, by characteristic and seed. `model`: what the captioner's model list says of it."""
-    return [Wanted(image, *each) for each in asks(request, model, display_name)]
-
-
 def asks(
     request: CaptionJobRequest, model: dict[str, Any], display_name: str, samples: int | None = None
 ) -> list[tuple[str, str, int, str]]:
-    """What `wanted_for` says of every image of a class: (characteristic, prompt, seed, key). `samples`: of each prompt,
-    where not as many as the request says.
+    """The captions of every image of a class: (characteristic, prompt, seed, key). `model`: what the captioner's model
+    list says of it; `samples`: of each prompt, where not as many as the request says.
 
     A key's first part hashes what the model is asked: prompt, model, revision, generation parameters, seed, and the
     metadata that engines without a language model go by. Its second part hashes what decides how the answer is asked

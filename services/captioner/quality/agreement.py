@@ -11,17 +11,17 @@ Self-retrieval: the place of the caption's own picture among all pictures of the
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from shared.clip import LoadedClip, encode_text, load_clip
+from shared.clip import LoadedClip, encode_text
 from shared.db.models import Image
 from shared.embedder import Embedder
 from shared.row_cache import RowCache
 from shared.storage import Store
+from shared.warm import warm_clip
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +30,6 @@ WEIGHT = 2.5
 _EMBEDDINGS = 16_384  # compared at a time
 _EQUAL = 1e-6  # cosines closer than this are a tie: equal pictures do not outrank each other
 _FREE_BYTES = 4 * 2**30  # a caption model may own the device; with less than this to spare the CPU does it
-
-warm_clip = lru_cache(maxsize=1)(load_clip)  # a worker keeps it between jobs
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Agreement:
 
 def clip_for_measuring(model: str, cache_dir: Path, model_roots: Sequence[Path]) -> LoadedClip:
     """The CLIP on the device that has room for it. Raises what `load_clip` raises."""
-    clip = warm_clip(model, cache_dir, tuple(model_roots))
+    clip = warm_clip(model, cache_dir, model_roots)
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
     device = "cuda" if free > _FREE_BYTES else "cpu"
     log.info("measuring agreement on %s: %.1f GiB of a GPU free", device, free / 2**30)

@@ -1,7 +1,6 @@
 """Classifiers as the API serves them. Imports torch, so it is imported when the first one is asked for."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 
@@ -9,15 +8,14 @@ import torch
 from torch import Tensor
 
 from services.evaluator.prediction.model_size import check_size
-from services.evaluator.scoring.warm import place
 from services.evaluator.settings import EvaluatorSettings
 from shared.classifier import Classifier, ClassifierCard, load_classifier, write_standalone
-from shared.clip import LoadedClip, load_clip, preprocess_uint8
+from shared.clip import LoadedClip, preprocess_uint8
 from shared.core import Core
 from shared.datasets.images import decode
 from shared.errors import InvalidInput
+from shared.warm import place, warm_clip
 
-_base = lru_cache(maxsize=2)(load_clip)  # shared by the classifiers on its weights
 _one = Lock()  # whole models in memory for a check or a download: one at a time, however many ask
 
 
@@ -65,6 +63,6 @@ def _open(core: Core, settings: EvaluatorSettings, folder: Path) -> Classifier:
     """A classifier on the device that serves."""
 
     def base(name: str) -> LoadedClip:
-        return _base(name, core.settings.model_cache, tuple(core.settings.model_roots))
+        return warm_clip(name, core.settings.model_cache, core.settings.model_roots)  # shared by those on its weights
 
-    return load_classifier(folder, place(settings), base)
+    return load_classifier(folder, str(place(settings.device)), base)

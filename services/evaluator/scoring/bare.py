@@ -2,17 +2,13 @@
 head and a card."""
 
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import open_clip
-import torch
-from safetensors.torch import save_file
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shared.classifier import CARD, HEAD, ClassifierCard, Preprocessing, sha256_file
+from shared.classifier_writer import write_folder
 from shared.clip import LoadedClip
 from shared.db.models import Classifier, Dataset
 from shared.head import Head
@@ -80,41 +76,19 @@ def save(store: Store, key: str, clip: LoadedClip, head: Head, model: str, datas
     classes = dataset.classes or []
     with tempfile.TemporaryDirectory(prefix="captune-") as temporary:
         folder = Path(temporary)
-        save_file({"weight": head.weight.contiguous(), "bias": head.bias.contiguous()}, folder / HEAD)
-        card = ClassifierCard(
+        write_folder(
+            folder,
+            clip,
+            head,
             base_model=model,
-            base_revision=clip.revision,
-            architecture=clip.name,
-            activation="quick_gelu" if clip.config["model_cfg"].get("quick_gelu") else "gelu",
-            head_kind="prototypes",
-            weights="base",
             class_names=[each["name"] for each in classes],
             display_names=[each["display_name"] for each in classes],
-            preprocessing=Preprocessing(
-                size=clip.image_size,
-                mean=(clip.mean[0], clip.mean[1], clip.mean[2]),
-                std=(clip.std[0], clip.std[1], clip.std[2]),
-                interpolation=clip.interpolation,
-                resize_mode=clip.resize_mode,
-            ),
             method=METHOD,
             hyperparameters={},
             data_fingerprint=str(dataset.fingerprint),
             seeds={"training": 0, "shots": 0, "split": dataset.split_seed},
             shots=None,
             validation="none",
-            val_top1=None,
-            best_epoch=0,
             provenance={"job_id": job_id},
-            versions={"captune": _version(), "torch": torch.__version__, "open_clip": open_clip.__version__},
-            sha256={HEAD: sha256_file(folder / HEAD)},
         )
-        (folder / CARD).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
         store.put_folder(key, folder)
-
-
-def _version() -> str:
-    try:
-        return version("captune")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "source"

@@ -14,7 +14,7 @@ from services.evaluator.passes.corruptions import Corruptions
 from services.evaluator.passes.cost import Cost
 from services.evaluator.passes.forgetting import Forgetting
 from services.evaluator.passes.retrieval import Retrieval
-from services.evaluator.scoring import bare, warm
+from services.evaluator.scoring import bare
 from services.evaluator.scoring.gathering import Sources, labels_of
 from services.evaluator.scoring.subject import OnBase, Subject
 from services.evaluator.settings import EvaluatorSettings
@@ -25,6 +25,7 @@ from shared.head import Head
 from shared.jobs.claim import Claim
 from shared.pixels import load_pixels
 from shared.schemas.evaluations import EvaluationRequest
+from shared.warm import place, row_cache, warm_model
 
 Measured = tuple[str, dict[str, float], dict[str, Any]]  # the pass's name, metrics, details
 
@@ -75,7 +76,7 @@ def _run(claim: Claim, name: str, each: Pass) -> Measured:
 
 def _corruptions(claim: Claim, sources: Sources, subject: Subject, head: Head) -> Corruptions:
     chosen = [sources.images[i] for i in sample(len(sources.images), corruptions.LIMIT)]
-    cache = warm.cache(claim.core.settings)
+    cache = row_cache(claim.core.settings)
     pixels = load_pixels(cache, claim.core.store, chosen, subject.clip, lambda _: claim.check())
     return Corruptions(
         pixels[:],
@@ -91,7 +92,7 @@ def _forgetting(claim: Claim, sources: Sources, subject: Subject, settings: Eval
     if sources.classifier is not None:
         with claim.core.store.local_folder(sources.classifier.storage_key) as folder:
             card = read_card(folder)
-        base = warm.model(card.base_model, claim.core.settings, settings)
+        base = warm_model(card.base_model, claim.core.settings, place(settings.device))
         check_base(card, base.clip)
         before = OnBase(base)
     images = sources.held_aside_images

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.evaluator.scoring.warm import Warm
 from shared.classifier import check_base, load_classifier, read_card, read_changed, read_head
 from shared.clip import LoadedClip, encode_image, encode_text, normalise
 from shared.db.models import Image
@@ -20,6 +19,7 @@ from shared.projection import last_projection
 from shared.row_cache import RowCache
 from shared.storage import Store
 from shared.templates import photo_of
+from shared.warm import Warm
 
 OnChunk = Callable[[int], None]  # images done so far; may raise to stop
 _CHUNK = 256  # images that go through the model between two reports

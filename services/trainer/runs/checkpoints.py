@@ -1,22 +1,15 @@
-"""Writes a trained classifier as a folder (layout and reader: shared/classifier.py)."""
+"""Writes what a run made as a classifier's folder (layout and reader: shared/classifier.py)."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, Protocol
 
-import open_clip
-import torch
 from pydantic import BaseModel, JsonValue
-from safetensors.torch import save_file
-from torch import Tensor
 
 from services.trainer.training.reports import TrainResult
-from shared.classifier import CARD, CHANGED, HEAD, ClassifierCard, Preprocessing, sha256_file
-from shared.clip import LoadedClip, save_clip
-from shared.head import Head
-from shared.local_dir import WEIGHTS
+from shared.classifier import ClassifierCard
+from shared.classifier_writer import write_folder
+from shared.clip import LoadedClip
 
 
 class Maker(Protocol):
@@ -47,69 +40,25 @@ def write_classifier(
     validation: Literal["none", "few_shot", "full"],
     provenance: Mapping[str, JsonValue] | None = None,
 ) -> ClassifierCard:
-    """Write the whole folder: with the weights where the method trains the model, else the head and the tensors that
-    differ from the base model's (a few KB for most methods). Neither atomic nor flushed: `Store.put_folder` is.
-
-    clip: the base model that the method was given; class_names and display_names in the order of the head's rows; the
-    rest goes into the card, which is returned.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    files, changed = [HEAD], [] if method.kind == "fine_tune" else sorted(result.model_state)
-    save_file({"weight": result.head.weight.contiguous(), "bias": result.head.bias.contiguous()}, directory / HEAD)
-    if method.kind == "fine_tune":
-        save_clip(clip, result.model_state, directory)
-        files.append(WEIGHTS)
-    elif changed:
-        save_file(_own_memory(result.model_state), directory / CHANGED)
-        files.append(CHANGED)
-    card = ClassifierCard(
+    """With the weights where the method trains the model, else with the tensors that differ from the base model's.
+    clip: the base model that the method was given; the rest as `write_folder`."""
+    trains = method.kind == "fine_tune"
+    return write_folder(
+        directory,
+        clip,
+        result.head,
+        state=result.model_state if trains else None,
+        changed=None if trains else result.model_state,
         base_model=base_model,
-        base_revision=clip.revision,
-        architecture=clip.name,
-        activation="quick_gelu" if clip.config["model_cfg"].get("quick_gelu") else "gelu",
-        head_kind=_kind(result.head, result.model_state.get("logit_scale", clip.model.logit_scale)),
-        weights="own" if method.kind == "fine_tune" else "base",
-        changed=changed,
-        class_names=list(class_names),
-        display_names=list(display_names),
-        preprocessing=Preprocessing(
-            size=clip.image_size,
-            mean=(clip.mean[0], clip.mean[1], clip.mean[2]),
-            std=(clip.std[0], clip.std[1], clip.std[2]),
-            interpolation=clip.interpolation,
-            resize_mode=clip.resize_mode,
-        ),
+        class_names=class_names,
+        display_names=display_names,
         method=method.name,
         hyperparameters=method.hyperparameters.model_dump(mode="json"),
         data_fingerprint=data_fingerprint,
-        seeds=dict(seeds),
+        seeds=seeds,
         shots=shots,
         validation=validation,
         val_top1=result.val_top1,
         best_epoch=result.best_epoch,
-        provenance=dict(provenance or {}),
-        versions={"captune": _captune_version(), "torch": torch.__version__, "open_clip": open_clip.__version__},
-        sha256={name: sha256_file(directory / name) for name in files},
+        provenance=provenance,
     )
-    (directory / CARD).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return card
-
-
-def _kind(head: Head, logit_scale: Tensor) -> Literal["prototypes", "linear"]:
-    """Prototypes are rows of the length exp(logit_scale), and no bias."""
-    lengths = head.weight.norm(dim=1)
-    scale = logit_scale.detach().float().cpu().exp().squeeze()
-    same = torch.allclose(lengths, scale.expand_as(lengths), rtol=1e-4)
-    return "prototypes" if same and not head.bias.any() else "linear"
-
-
-def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-
-
-@cache
-def _captune_version() -> str:
-    try:
-        return version("captune")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "source"

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from services.trainer.methods.base import MethodHyperparameters
 from services.trainer.routes import soup_request
-from services.trainer.runs import warm
+from services.trainer.runs import devices
 from services.trainer.runs.gathering import Sources, val_images
 from services.trainer.runs.recording import Record, save_classifier
-from services.trainer.runs.warm import Warm
 from services.trainer.settings import TrainerSettings
 from services.trainer.training.reports import TrainResult
 from shared.classifier import load_classifier
@@ -31,6 +30,7 @@ from shared.jobs.claim import Claim
 from shared.jobs.worker import Finish
 from shared.pixels import Pixels, load_pixels
 from shared.schemas.fine_tuning import FineTuningRequest
+from shared.warm import Warm, place, warm_model
 
 State = dict[str, Tensor]
 
@@ -75,10 +75,10 @@ def cook(claim: Claim, request: FineTuningRequest, settings: TrainerSettings) ->
     sources.recipe = _common([row.details.get("captions") for row in rows])
     began = time.monotonic()
     claim.progress("loading the model", 0, 1)
-    model = warm.model(request.model, claim.core.settings, settings)
+    model = warm_model(request.model, claim.core.settings, place(settings.device))
     val = _validation(claim, sources, model)
     with claim.core.store.local_folder(rows[0].storage_key) as folder:
-        clip = load_classifier(folder, str(warm.place(settings))).clip  # a copy of our own to put averages into
+        clip = load_classifier(folder, str(place(settings.device))).clip  # a copy of our own to put averages into
 
     def read(row: Classifier) -> Ingredient:
         with claim.core.store.local_folder(row.storage_key) as folder:
@@ -116,7 +116,7 @@ def cook(claim: Claim, request: FineTuningRequest, settings: TrainerSettings) ->
         details={
             # What it took to have it: every candidate had to be trained.
             "train_seconds": round(sum(row.details["train_seconds"] for row in rows) + result.seconds, 2),
-            "device": warm.device_name(settings),
+            "device": devices.device_name(settings),
             "train_images": max(int(each["train_images"]) for each in used),
             "val_images": len(sources.val),
             "captions": sources.recipe,

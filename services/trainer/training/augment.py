@@ -26,11 +26,6 @@ class Crops:
         return Crops(self.boxes[start:stop], self.mirrored[start:stop])
 
 
-def augment(images: Tensor, rng: torch.Generator, *, flip: bool) -> Tensor:
-    """images (B, 3, S, S) uint8 -> the same shape and type, each image cropped and perhaps mirrored on its own."""
-    return crop(images, draw_crops(len(images), images.shape[-1], rng, flip=flip))
-
-
 def draw_crops(n: int, size: int, rng: torch.Generator, *, flip: bool) -> Crops:
     boxes = crop_boxes(n, size, rng)
     return Crops(boxes, torch.rand(n, generator=rng) < 0.5 if flip else torch.zeros(n, dtype=torch.bool))

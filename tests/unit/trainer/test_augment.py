@@ -8,8 +8,12 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor, resized_crop
 
-from services.trainer.training.augment import RATIO, SCALE, augment, crop, crop_boxes, draw_crops, resample
+from services.trainer.training.augment import RATIO, SCALE, crop, crop_boxes, draw_crops, resample
 from services.trainer.training.randomness import generator
+
+
+def augment(images, rng, *, flip):
+    return crop(images, draw_crops(len(images), images.shape[-1], rng, flip=flip))
 
 
 def test_pixels_are_those_of_pil():

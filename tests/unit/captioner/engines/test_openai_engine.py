@@ -20,7 +20,6 @@ from PIL import Image
 from pydantic import ValidationError
 
 from services.captioner import metrics
-from services.captioner.engines import openai, openai_servers
 from services.captioner.engines.base import CaptionRequest, Generation
 from services.captioner.engines.openai import OpenAIEngine
 from services.captioner.serving.batcher import Batcher
@@ -41,18 +40,6 @@ from tests.openai_server import (
     trickle,
     wants_max_completion_tokens,
 )
-
-
-@pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai, "_FIRST_PAUSE_S", 0.02)
-    monkeypatch.setattr(openai_servers, "_FIRST_REST_S", 0.1)
-
-
-@pytest.fixture
-def server() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as running:
-        yield running
 
 
 def retries(reason: str) -> float:

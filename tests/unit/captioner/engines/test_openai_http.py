@@ -1,30 +1,16 @@
 """Pictures and the key go to the servers that were named, and the key goes nowhere else."""
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from services.captioner.engines import openai, openai_servers
 from services.captioner.engines.base import CaptionRequest
 from services.captioner.engines.openai import OpenAIEngine
 from services.captioner.settings import EngineSpec
 from shared.errors import CaptuneError, InvalidInput, Unavailable
 from tests.openai_engine import KEY, caption, make
 from tests.openai_server import OpenAIServer, cut, drop, ok, raw, status
-
-
-@pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai, "_FIRST_PAUSE_S", 0.02)
-    monkeypatch.setattr(openai_servers, "_FIRST_REST_S", 0.1)
-
-
-@pytest.fixture
-def server() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as running:
-        yield running
 
 
 def test_redirects_are_not_followed(server: OpenAIServer) -> None:

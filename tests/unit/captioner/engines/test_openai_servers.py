@@ -2,28 +2,14 @@
 
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from services.captioner.engines import openai, openai_servers
 from services.captioner.engines.openai_servers import Servers
 from shared.errors import Unavailable
 from tests.openai_engine import caption, make, many
 from tests.openai_server import OpenAIServer, after, echo, status
-
-
-@pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai, "_FIRST_PAUSE_S", 0.02)
-    monkeypatch.setattr(openai_servers, "_FIRST_REST_S", 0.1)
-
-
-@pytest.fixture
-def server() -> Iterator[OpenAIServer]:
-    with OpenAIServer() as running:
-        yield running
 
 
 def test_concurrency_is_bounded_and_adapts(server: OpenAIServer) -> None:

@@ -9,7 +9,7 @@ from PIL import Image as Picture
 
 from services.captioner.quality import agreement
 from services.captioner.quality.agreement import Agreement, agreements, clip_for_measuring, embed
-from shared import embedder
+from shared import embedder, warm
 from shared.clip import LoadedClip, encode_image, encode_text, preprocess_uint8
 from shared.db.models import Image
 from shared.storage import Store
@@ -20,7 +20,7 @@ from tests.tiny_clip import write_tiny_clip
 def clip(tmp_path: Path) -> Iterator[LoadedClip]:
     write_tiny_clip(tmp_path / "tiny")
     yield clip_for_measuring("tiny", tmp_path, [tmp_path])
-    agreement.warm_clip.cache_clear()
+    warm.forget()
 
 
 def test_scores_and_ranks_are_the_formulas(clip: LoadedClip, monkeypatch: pytest.MonkeyPatch) -> None:
