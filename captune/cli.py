@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
-from captune import cli_bench, cli_captions, cli_evaluation, cli_leaderboard, cli_training, local, tables
+from captune import cli_bench, cli_captions, cli_evaluation, cli_keys, cli_leaderboard, cli_training, local, tables
 from captune.connection import default_state_dir
 from captune.errors import CaptuneAPIError, ConnectionNotFound
 from captune.progress import ProgressBar
@@ -123,25 +123,6 @@ def jobs_act(args: argparse.Namespace) -> int:
     return 0
 
 
-def keys_create(args: argparse.Namespace) -> int:
-    with client_of(args) as client:
-        key = client.create_key(owner=args.owner, name=args.name, scopes=args.scopes.split(","))
-    print(key.model_dump_json(indent=2) if args.json else f"{key.id}  {key.key}  (shown this once)")
-    return 0
-
-
-def keys_list(args: argparse.Namespace) -> int:
-    with client_of(args) as client:
-        show(args, client.keys(), ("id", "owner", "name", "scopes", "revoked_at"))
-    return 0
-
-
-def keys_revoke(args: argparse.Namespace) -> int:
-    with client_of(args) as client:
-        client.revoke_key(args.id)
-    return 0
-
-
 # -- parser ------------------------------------------------------------------------------------------------------------
 
 
@@ -182,6 +163,17 @@ def _parser() -> argparse.ArgumentParser:
     demo = command(commands, "demo", local.demo, "run the main job on the sample pictures")
     demo.add_argument("--port", type=int, default=0, help="default: a free one")
 
+    collect = command(
+        commands, "collect", local.collect, "remove what nothing needs any more from this machine's server"
+    )
+    collect.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    backup = command(
+        commands, "backup", local.backup, "copy all that this machine's server must not lose into a folder"
+    )
+    backup.add_argument("folder", type=Path, help="a new one")
+    restore = command(commands, "restore", local.restore, "make a state directory from a backup, and check it")
+    restore.add_argument("folder", type=Path, help="the backup")
+
     datasets = commands.add_parser("datasets", help="labelled images").add_subparsers(required=True, metavar="COMMAND")
     push = command(datasets, "push", datasets_push, "upload a folder or an archive")
     push.add_argument("path", type=Path)
@@ -217,13 +209,7 @@ def _parser() -> argparse.ArgumentParser:
 
     cli_leaderboard.add(commands, command)
 
-    keys = commands.add_parser("keys", help="API keys").add_subparsers(required=True, metavar="COMMAND")
-    create = command(keys, "create", keys_create, "make a key")
-    create.add_argument("--owner", required=True)
-    create.add_argument("--name", default="")
-    create.add_argument("--scopes", default="read,write", help="comma-separated (default: read,write)")
-    command(keys, "list", keys_list, "list keys")
-    command(keys, "revoke", keys_revoke, "revoke a key").add_argument("id")
+    cli_keys.add(commands, command)
     return top
 
 

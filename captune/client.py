@@ -382,7 +382,7 @@ class Client:
                 with self._http.stream(
                     "GET", f"{path}/events", headers=headers, timeout=httpx.Timeout(60.0, read=60.0)
                 ) as response:
-                    if response.status_code in (502, 503, 504):  # a gateway whose server is being restarted
+                    if response.status_code in (429, 502, 503, 504):  # full, or being restarted
                         raise httpx.RemoteProtocolError(f"the server answered {response.status_code}")
                     if not response.is_success:
                         response.read()

@@ -1,9 +1,11 @@
-"""`captune up` and `captune demo`: they need the services installed beside the client, and import them only here."""
+"""`captune up`, `demo`, `collect`, `backup` and `restore`: they need the services installed beside the client, and
+import them only here."""
 
 import argparse
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from captune.connection import default_state_dir
@@ -48,6 +50,55 @@ def demo(args: argparse.Namespace) -> int:
     except CaptuneError as error:
         print(f"captune: {error.message}", file=sys.stderr)
         return 1
+
+
+def collect(args: argparse.Namespace) -> int:
+    from services.embedded.access import reach
+    from shared.collector import CollectorSettings, Retention
+    from shared.collector import collect as run
+    from shared.db.migrate import migrate
+
+    def work() -> None:
+        with reach(args.state_dir or default_state_dir()) as core:
+            migrate(core.db)
+            settings = core.settings
+            retention = settings.retention if isinstance(settings, CollectorSettings) else Retention()
+            print(run(core, retention, args.dry_run).table())
+
+    return _reported(work)
+
+
+def backup(args: argparse.Namespace) -> int:
+    from services.embedded.backup import backup
+
+    def work() -> None:
+        made = backup(args.state_dir or default_state_dir(), args.folder, _say)
+        print(f"{args.folder}: {sum(made['rows'].values()):,} rows, {made['objects']:,} files, {made['bytes']:,} bytes")
+
+    return _reported(work)
+
+
+def restore(args: argparse.Namespace) -> int:
+    from services.embedded.backup import restore
+
+    state_dir = args.state_dir or default_state_dir()
+
+    def work() -> None:
+        made = restore(args.folder, state_dir, _say)
+        print(f"{state_dir}: {sum(made['rows'].values()):,} rows and {made['objects']:,} files, all there and whole")
+
+    return _reported(work)
+
+
+def _reported(work: Callable[[], None]) -> int:
+    from shared.errors import CaptuneError
+
+    try:
+        work()
+    except (CaptuneError, OSError) as error:
+        print(f"captune: {error.message if isinstance(error, CaptuneError) else error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _say(text: str) -> None:

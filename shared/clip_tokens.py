@@ -189,7 +189,7 @@ def _from_hub(hub_id: str, cache_dir: Path) -> Tokenizer:
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return _from_file(Path(hf_hub_download(hub_id, "tokenizer.json", cache_dir=cache_dir)))
+        return _from_file(Path(hf_hub_download(hub_id, "tokenizer.json", cache_dir=cache_dir)))  # nosec B615 # JSON
     except (OSError, EntryNotFoundError) as error:
         raise Unavailable(
             f"The tokenizer of this CLIP, {hub_id}, could not be loaded: {error}. It is downloaded once into"

@@ -1,5 +1,6 @@
 """What every process holds: settings, database, queue, store; and the transaction that enqueues after its commit."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,9 +9,12 @@ from typing import Self
 from sqlalchemy.orm import Session
 
 from shared.config import CoreSettings
-from shared.db.session import Database
+from shared.db.session import PING_SECONDS, WORKER_ANSWER_SECONDS, Database
 from shared.queue import JobQueue, connect
+from shared.references import may_delete
 from shared.storage import Store
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -21,10 +25,14 @@ class Core:
     store: Store
 
     @classmethod
-    def from_settings(cls, settings: CoreSettings, *, pool_size: int = 10) -> Self:
+    def from_settings(cls, settings: CoreSettings, *, pool_size: int = 10, api: bool = False) -> Self:
+        """`api`: someone waits for each SQL statement, so that it is bounded; a worker's takes the time it needs."""
+        statement = settings.statement_seconds if api else None
+        answer = WORKER_ANSWER_SECONDS if statement is None else statement + PING_SECONDS
+        url = settings.database_url.get_secret_value()
         return cls(
             settings=settings,
-            db=Database(settings.database_url.get_secret_value(), pool_size),
+            db=Database(url, pool_size, statement_seconds=statement, answer_seconds=answer),
             queue=JobQueue(connect(settings.redis_url.get_secret_value())),
             store=Store(settings.storage_url),
         )
@@ -37,8 +45,17 @@ class Core:
             yield session
         for kind, job_id in session.info.get("queued", ()):
             self.queue.enqueue(kind, job_id)
-        for key in session.info.get("obsolete", ()):
-            self.store.delete(key)
+        if obsolete := session.info.get("obsolete"):
+            self._delete(obsolete)
+
+    def _delete(self, keys: list[str]) -> None:
+        """What no row names any more. What was committed stands, whatever happens here: the collector does the rest."""
+        try:
+            with self.db.transaction() as session:
+                if may_delete(session):
+                    self.store.delete(*keys)
+        except Exception as error:
+            log.warning("files of no more use were not deleted", extra={"keys": keys, "error": str(error)})
 
     def close(self) -> None:
         self.db.close()

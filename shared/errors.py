@@ -1,6 +1,8 @@
 """Errors that carry their HTTP status. Anything a user can cause is one of these; one handler turns them into RFC 9457
 `application/problem+json` (shared/problems.py), and a worker keeps them as a job's `error {code, message, param}`."""
 
+import errno
+
 
 class CaptuneError(Exception):
     """Something a user or operator can mend. `message` says what was wrong, where, and what to do."""
@@ -28,6 +30,10 @@ class InvalidInput(CaptuneError):
     status, title, default_code = 422, "Invalid input", "invalid_input"
 
 
+class Malformed(CaptuneError):
+    status, title, default_code = 400, "Bad request", "malformed"
+
+
 class Unauthorized(CaptuneError):
     status, title, default_code = 401, "Unauthorized", "unauthorized"
 
@@ -52,6 +58,10 @@ class PreconditionRequired(CaptuneError):
     status, title, default_code = 428, "Precondition required", "version_required"
 
 
+class TooSlow(CaptuneError):
+    status, title, default_code = 408, "Request timeout", "too_slow"
+
+
 class TooLarge(CaptuneError):
     status, title, default_code = 413, "Content too large", "too_large"
 
@@ -62,3 +72,30 @@ class TooBusy(CaptuneError):
 
 class Unavailable(CaptuneError):
     status, title, default_code = 503, "Service unavailable", "unavailable"
+
+
+class StorageFull(Unavailable):
+    status, title, default_code = 507, "Insufficient storage", "storage_full"
+
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_FAILING = frozenset({errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENXIO, errno.ENODEV})
+
+
+def from_disk(error: OSError) -> Unavailable | None:
+    """What an operator has to mend, in words, where a disk is full or fails; None for any other error. Names no path: a
+    user of the API is told this."""
+    if error.errno in _FULL:
+        return StorageFull(
+            "the server's disk is full, so nothing was stored; whoever runs it has to make room ('captune collect' "
+            "removes what nothing needs), then try again",
+            retry_after=60,
+        )
+    if error.errno in _FAILING:
+        return Unavailable(
+            f"the server's storage cannot be written or read ({error.strerror}), so nothing was stored; whoever runs "
+            "it has to mend that, then try again",
+            code="storage_failed",
+            retry_after=60,
+        )
+    return None

@@ -1,20 +1,17 @@
 """`/healthz` (the process answers), `/readyz` (database, queue, store, model), `/metrics` (Prometheus)."""
 
-from math import nan
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from prometheus_client import CONTENT_TYPE_LATEST, Gauge, Histogram, generate_latest
-from redis import RedisError
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from shared.queue import KINDS
+from shared.metrics import read_ledger
 
-REQUESTS = Histogram("captune_request_seconds", "HTTP requests", ["method", "route", "status"])
-QUEUE_DEPTH = Gauge("captune_queue_depth", "ids waiting on the Redis list", ["kind"])
 QUIET = frozenset({"/healthz", "/readyz", "/metrics"})
 
 router = APIRouter(tags=["health"])
+metrics_router = APIRouter(tags=["health"])  # apart, as it can be closed
 
 
 @router.get("/healthz", summary="The process answers")
@@ -52,13 +49,7 @@ async def readyz(request: Request, response: Response) -> dict[str, Any]:
     return {"status": "ready" if ready else "not ready", "checks": checks, "details": details}
 
 
-@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+@metrics_router.get("/metrics", summary="Prometheus metrics", response_class=Response)
 def metrics(request: Request) -> Response:
-    queue = request.app.state.core.queue
-    try:
-        depths = {kind: float(queue.depth(kind)) for kind in KINDS}
-    except RedisError:  # an outage must not take the other metrics along
-        depths = dict.fromkeys(KINDS, nan)
-    for kind, depth in depths.items():
-        QUEUE_DEPTH.labels(kind).set(depth)
+    read_ledger(request.app.state.core)
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

@@ -2,18 +2,24 @@
 in one process."""
 
 import gc
+import resource
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 
-from shared import health
+from shared import health, tracing
+from shared.answers import Answers
+from shared.api_document import Api
+from shared.auth import admit_metrics
 from shared.body_limit import BodyLimit
 from shared.core import Core
+from shared.docs_pages import add_docs_pages
+from shared.jobs.streams import Streams
 from shared.problems import add_handlers
+from shared.rate_limit import RateLimits
 from shared.request_log import RequestLog
-from shared.schemas.common import Problem
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
@@ -35,37 +41,59 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 def settled(app: FastAPI) -> FastAPI:
     """The same, in a process that from now on serves it and nothing else. What exists by now stays, so the garbage
     collector need not walk it: a full collection held up every request under way for 0.1 s (150,000 objects), and now
-    for none."""
+    for none. And it may open as many files as the system lets it: a connection is one, and many shells say 1,024."""
     gc.collect()
     gc.freeze()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # a system with a limit of its own below this one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return app
 
 
 def create_api(
     title: str, core: Core, routers: Sequence[APIRouter], lifespans: Sequence[Lifespan] = (), version: str = "0.1.0"
 ) -> FastAPI:
+    settings = core.settings
+    limits = RateLimits(settings.redis_url.get_secret_value(), settings.rate_limit, settings.failed_auth_limit)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             for each in lifespans:
                 await stack.enter_async_context(each(app))
             yield
+        limits.close()
         core.close()
+        tracing.flush()
 
-    app = FastAPI(
+    # No redirects: they would be to whatever host the request named.
+    app = Api(
         title=title,
         version=version,
         lifespan=lifespan,
-        responses={
-            status: {"model": Problem, "content": {"application/problem+json": {}}} for status in (401, 403, 422)
-        },
+        redirect_slashes=False,
+        openapi_url="/openapi.json" if settings.docs else None,
+        docs_url=None,
+        redoc_url=None,
+        # Of forms that routes declare: one upload, and the few words that go with it.
+        form_limits={"max_files": 1, "max_fields": 16, "max_part_size": 2**16},
     )
+    if settings.docs:
+        add_docs_pages(app)
     app.state.core = core
+    app.state.rate_limits = limits
+    app.state.keys_marked = {}
+    app.state.streams = Streams(core.db, settings.max_streams, settings.max_streams_per_owner)
     app.state.readiness = {"database": core.db.check, "queue": core.queue.ping, "storage": core.store.check}
     for router in (health.router, *routers):
         app.include_router(router)
+    if settings.metrics != "off":
+        app.include_router(
+            health.metrics_router, dependencies=[Depends(admit_metrics)] if settings.metrics == "key" else []
+        )
     add_handlers(app)
-    app.add_middleware(BodyLimit, json_bytes=core.settings.max_json_bytes, upload_bytes=core.settings.max_upload_bytes)
+    app.add_middleware(BodyLimit, json_bytes=settings.max_json_bytes, upload_bytes=settings.max_upload_bytes)
+    app.add_middleware(Answers)
     app.add_middleware(RequestLog)  # the outermost, so that a refused body is logged and counted too
     return app
 

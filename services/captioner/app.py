@@ -1,4 +1,4 @@
-"""The captioner's API process: `uvicorn --factory services.captioner.app:create_app`."""
+"""The captioner's API process: `python -m shared.serve services.captioner.app:create_app`."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -12,6 +12,7 @@ from services.captioner.engines import build
 from services.captioner.serving import chat
 from services.captioner.serving.batcher import Batcher
 from services.captioner.settings import CaptionerSettings
+from shared import tracing
 from shared.config import CoreSettings
 from shared.core import Core
 from shared.cpu import share_cores
@@ -59,4 +60,5 @@ def create_app() -> FastAPI:
     share_cores()
     settings = CoreSettings()
     configure(settings.log_level)
-    return settled(create_api("Captune captioner", Core.from_settings(settings), ROUTERS, [lifespan]))
+    tracing.configure(settings.otlp_endpoint, "captioner")
+    return settled(create_api("Captune captioner", Core.from_settings(settings, api=True), ROUTERS, [lifespan]))

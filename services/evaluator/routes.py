@@ -1,25 +1,21 @@
-"""REST: evaluations, and the API keys of all services."""
+"""REST: evaluations."""
 
 from contextlib import ExitStack
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import FileResponse
-from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from starlette.background import BackgroundTask
 
 from services.evaluator.scoring import rescoring
 from services.evaluator.scoring.submission import submit
-from shared.auth import Admin, Reader, Writer, create_key
-from shared.db.models import ApiKey, Job
-from shared.errors import NotFound
+from shared.auth import Reader, Writer
+from shared.db.models import Job
 from shared.jobs.routes import SubmissionDep, job_routes
-from shared.paging import page
 from shared.schemas import common
 from shared.schemas import evaluations as schema
-from shared.schemas import keys as key_schema
-from shared.web import After, CoreDep, Limit
+from shared.web import CoreDep
 
 router = APIRouter(prefix="/v1", tags=["evaluator"])
 
@@ -54,7 +50,10 @@ def rescore(id: str, core: CoreDep, who: Writer) -> Any:
     "/evaluations/{id}/predictions",
     response_class=FileResponse,
     summary="Logits of every image, as Parquet",
-    responses={200: {"content": {"application/vnd.apache.parquet": {}}}},
+    responses={
+        200: {"content": {"application/vnd.apache.parquet": {}}},
+        409: {"description": "none are kept: it has not succeeded, or a later one took its place"},
+    },
 )
 def read_predictions(id: str, core: CoreDep, who: Reader) -> FileResponse:
     """Columns: image_id, path, label, logits; the class names stand in the file's metadata."""
@@ -71,27 +70,3 @@ def read_predictions(id: str, core: CoreDep, who: Reader) -> FileResponse:
 
 
 router.include_router(job_routes("evaluate", "/evaluations", render, schema.Evaluation))
-
-
-@router.post("/keys", status_code=201, response_model=key_schema.NewKey, summary="Make an API key", tags=["keys"])
-def make_key(body: key_schema.KeyRequest, core: CoreDep, who: Admin) -> Any:
-    with core.transaction() as session:
-        row, secret = create_key(session, owner=body.owner, name=body.name, scopes=tuple(body.scopes))
-        return key_schema.NewKey(**key_schema.Key.model_validate(row).model_dump(), key=secret)
-
-
-@router.get("/keys", response_model=common.Page[key_schema.Key], summary="List API keys", tags=["keys"])
-def list_keys(core: CoreDep, who: Admin, after: After = None, limit: Limit = 100) -> Any:
-    with core.transaction() as session:
-        rows, more = page(session, select(ApiKey), ApiKey.id, after, limit)
-    data = [key_schema.Key.model_validate(row) for row in rows]
-    return common.Page.of(data, more)
-
-
-@router.delete("/keys/{id}", status_code=204, summary="Revoke an API key", tags=["keys"])
-def revoke_key(id: str, core: CoreDep, who: Admin) -> None:
-    with core.transaction() as session:
-        row = session.get(ApiKey, id)
-        if row is None:
-            raise NotFound(f"there is no key '{id}'; GET /v1/keys lists them", param="id")
-        row.revoked_at = func.now()

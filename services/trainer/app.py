@@ -1,8 +1,9 @@
-"""The trainer's API process: `uvicorn --factory services.trainer.app:create_app`. It never imports torch."""
+"""The trainer's API process: `python -m shared.serve services.trainer.app:create_app`. It never imports torch."""
 
 from fastapi import FastAPI
 
 from services.trainer.routes import fine_tuning, groups
+from shared import tracing
 from shared.config import CoreSettings
 from shared.core import Core
 from shared.logging import configure
@@ -14,4 +15,5 @@ ROUTERS = (fine_tuning.router, groups.router)
 def create_app() -> FastAPI:
     settings = CoreSettings()
     configure(settings.log_level)
-    return settled(create_api("Captune trainer", Core.from_settings(settings), ROUTERS))
+    tracing.configure(settings.otlp_endpoint, "trainer")
+    return settled(create_api("Captune trainer", Core.from_settings(settings, api=True), ROUTERS))

@@ -1,6 +1,7 @@
 """Uploaded archives, read in place: nothing is extracted, no name reaches the file system.
 
 An archive is walked twice in flat memory: once for its names, from which the layout is decided, once for the files.
+Names are kept on disk.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from shared.datasets import tar_reader, zip_reader
+from shared.datasets.catalogue import Names
 from shared.datasets.entries import WHY_REFUSED, Entry
 from shared.datasets.limits import MIB, BadArchive, Limits, Meter
 from shared.datasets.paths import is_litter, safe_path
@@ -39,49 +41,52 @@ class Member:
 
 
 class Archive:
-    """`report` holds what was refused among the entries once `names()` has run; `kept` the files asked for by `keep`;
-    `directories` the folders that have an entry of their own, so that empty ones can be told."""
+    """`report` holds what was refused among the entries once `files()` has run; `kept` the files asked for by `keep`;
+    `folders` those that have an entry of their own, so that empty ones can be told."""
 
     def __init__(self, path: Path, kind: str, limits: Limits, keep: Callable[[str], bool]) -> None:
         self.path = path
         self.kind = kind
         self.report = Report()
         self.kept: dict[str, bytes] = {}
-        self.directories: list[str] = []
+        self.folders = Names()
         self._limits = limits
         self._keep = keep
-        self._names: list[str] | None = None
+        self._files: Names | None = None
         self._usable = bytearray()  # one byte per entry: is it a member?
 
-    def names(self) -> list[str]:
+    def files(self) -> Names:
         """Paths of all regular files that may be read, in archive order (normalised, each once). Raises BadArchive."""
-        if self._names is None:
-            self._names = self._scan()
-        return self._names
+        if self._files is None:
+            files = Names()
+            for entry in self._entries():
+                path = self._usable_path(entry, files)
+                self._usable.append(path is not None)
+                if path is not None and self._keep(path):
+                    self._keep_content(path, entry)
+            self._files = files
+        return self._files
+
+    def names(self) -> list[str]:
+        """`files()` in memory, for archives of few files."""
+        return list(self.files())
+
+    @property
+    def directories(self) -> list[str]:
+        """`folders` in memory."""
+        return list(self.folders)
 
     def members(self) -> Iterator[Member]:
         """The same files, with their content. Raises BadArchive."""
-        self.names()
+        self.files()
         for usable, entry in zip(self._usable, self._entries(), strict=False):
             if usable:
                 path = safe_path(entry.name)
                 yield Member(path, entry.size, partial(self._read, entry))
 
-    def _scan(self) -> list[str]:
-        names: list[str] = []
-        seen: set[str] = set()
-        for entry in self._entries():
-            path = self._usable_path(entry, seen)
-            self._usable.append(path is not None)
-            if path is not None:
-                seen.add(path)
-                names.append(path)
-                if self._keep(path):
-                    self._keep_content(path, entry)
-        return names
-
-    def _usable_path(self, entry: Entry, seen: set[str]) -> str | None:
-        """The normalised path; None, with a word in the report, for what is not a readable file of its own."""
+    def _usable_path(self, entry: Entry, files: Names) -> str | None:
+        """The normalised path, now among `files`; None, with a word in the report, for what is not a readable file of
+        its own."""
         if entry.kind == "directory" and not entry.name.strip("./"):
             return None  # the archive's own root
         try:
@@ -92,10 +97,10 @@ class Archive:
         if is_litter(path):
             self.report.skipped += entry.kind != "directory"
         elif entry.kind == "directory":
-            self.directories.append(path)
+            self.folders.add(path)
         elif entry.kind != "file":
             self.report.refuse(path, *WHY_REFUSED[entry.kind])
-        elif path in seen:
+        elif not files.add(path):
             self.report.refuse(path, "duplicate_path", "The archive holds this path twice; the first one is used.")
         else:
             return path

@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final, Literal
 
 from shared.datasets.report import listed
@@ -9,6 +10,7 @@ from shared.errors import InvalidInput
 from shared.templates import display_name
 
 Split = Literal["train", "val", "test"]
+SPLITS: Final[tuple[Split, ...]] = ("train", "val", "test")
 MAX_NAME: Final = 200
 _SPLITS: Final[dict[str, Split]] = {
     "train": "train", "training": "train",
@@ -22,6 +24,7 @@ def split_of(name: str) -> Split | None:
     return _SPLITS.get(name.strip().lower())
 
 
+@lru_cache(4096)  # once per class instead of once per file
 def class_name(raw: str) -> str:
     """Stripped and in composed Unicode form. Raises InvalidInput (`bad_class_name`) where no text could name it."""
     name = unicodedata.normalize("NFC", raw).strip()

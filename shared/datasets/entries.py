@@ -28,6 +28,8 @@ class Entry:
 def decoded(name: str, codec: str) -> str:
     """A name that was read with the format's historical `codec`: as UTF-8 where it is that, which packers often do not
     say."""
+    if name.isascii():
+        return name
     try:
         return name.encode(codec).decode("utf-8")
     except UnicodeError:

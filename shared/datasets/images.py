@@ -1,7 +1,9 @@
 """Uploaded pictures: recognised by content, fully decoded before they are believed, always 8-bit RGB afterwards."""
 
+import threading
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Final
@@ -15,9 +17,15 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from shared.datasets.structure import check_scans, check_structure
 from shared.errors import InvalidInput
 
+# Pillow warns of each oddity of a file in words of its own, and Python keeps every such text for ever.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 MAX_PIXELS: Final = 100_000_000
+_LARGE: Final = 16_000_000  # pixels; hundreds of MiB while they are decoded, which threads that inspect do by turns
+_one_at_a_time: Final = threading.Lock()
 ACCEPTED: Final = "JPEG, PNG, WebP, BMP, GIF (one frame), TIFF (one page) or PPM"
 
 _ORIENTATION_TAG: Final = 0x0112
@@ -31,8 +39,7 @@ _ORIENTATIONS: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 _MODES: Final = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
-# A progressive JPEG may repeat its scans: a few kilobytes of them cost minutes of decoding. Real files have about 10.
-_MAX_JPEG_SCANS: Final = 256
+_MAX_EXIF_BYTES: Final = 2**20  # real ones have at most 64 KiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +68,7 @@ _BMP = _Format("BMP", "image/bmp", BmpImageFile)
 _GIF = _Format("GIF", "image/gif", GifImageFile)
 _TIFF = _Format("TIFF", "image/tiff", TiffImageFile)
 _PPM = _Format("PPM", "image/x-portable-anymap", PpmImageFile)
+MEDIA_TYPES: Final = tuple(kind.media_type for kind in (_JPEG, _PNG, _WEBP, _BMP, _GIF, _TIFF, _PPM))
 
 
 def inspect(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo:
@@ -90,8 +98,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def _load(data: bytes, max_pixels: int, *, reduced: bool) -> tuple[_Format, ImageFile.ImageFile]:
     kind = _recognise(data)
-    if kind is _JPEG and data.count(b"\xff\xda") > _MAX_JPEG_SCANS:
-        raise InvalidInput("The JPEG has an absurd number of scans; save it again.", code="unreadable_image")
+    check_structure(kind.name, data)
     if kind is _WEBP and len(data) < int.from_bytes(data[4:8], "little") + 8:
         raise _truncated()  # its decoder would only say that something is wrong
     with _decoder_errors():
@@ -104,6 +111,8 @@ def _load(data: bytes, max_pixels: int, *, reduced: bool) -> tuple[_Format, Imag
             f"The picture is {width} x {height} pixels; at most {max_pixels:,} pixels are accepted. Scale it down.",
             code="image_too_large",
         )
+    if kind is _JPEG:
+        check_scans(data, width * height)
     with _decoder_errors():
         several = kind is not _JPEG and bool(getattr(image, "is_animated", False))
     if several and kind is _TIFF:
@@ -118,7 +127,7 @@ def _load(data: bytes, max_pixels: int, *, reduced: bool) -> tuple[_Format, Imag
     if reduced and isinstance(image, JpegImageFile):
         image.info["full_size"] = image.size
         image.draft(None, (max(1, width // 8), max(1, height // 8)))
-    with _decoder_errors():
+    with _decoder_errors(), _one_at_a_time if reduced and width * height > _LARGE else nullcontext():
         image.load()
     return kind, image
 
@@ -183,6 +192,8 @@ def _truncated() -> InvalidInput:
 
 def _orientation(image: ImageFile.ImageFile) -> int:
     """EXIF orientation 1-8. Damaged EXIF means upright: the pixels are still good. (Pillow turns TIFFs by itself.)"""
+    if len(image.info.get("exif", b"")) > _MAX_EXIF_BYTES:
+        return 1
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
     except MemoryError:

@@ -11,13 +11,15 @@ from shared.errors import InvalidInput
 MAX_LENGTH: Final = 1_024
 _LITTER: Final = frozenset({"thumbs.db", "desktop.ini"})
 _DRIVE: Final = re.compile(r"[A-Za-z]:")
+# What is drawn as a slash or a backslash and is no compatibility form of it: fraction, division, big, set minus.
+_SLASHES: Final = str.maketrans(dict.fromkeys("\u2044\u2215\u29f8\u2216\u29f5\u29f9\\", "/"))
 
 
 def safe_path(name: str) -> str:
     """`./a//b.jpg` -> `a/b.jpg`, in Unicode's composed form (NFC), so a name typed on a Mac equals one typed elsewhere.
 
     Raises InvalidInput (code `unsafe_path`) for names that climb out, are absolute, or hide either behind backslashes,
-    percent signs, NUL or other control characters.
+    percent signs, look-alikes, NUL or other control characters.
     """
     if len(name) > MAX_LENGTH:
         raise _unsafe(f"is longer than {MAX_LENGTH} characters")
@@ -32,6 +34,8 @@ def safe_path(name: str) -> str:
         raise _unsafe("is empty")
     if ".." in path.split("/"):
         raise _unsafe("climbs out of the archive with '..'")
+    if not name.isascii() and ".." in unicodedata.normalize("NFKC", path).translate(_SLASHES).split("/"):
+        raise _unsafe("looks like one that climbs out of the archive")
     if "%" in path:
         _check_decoded(path)
     return path

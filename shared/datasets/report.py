@@ -56,7 +56,8 @@ def printable(path: str) -> str:
     return shown if len(shown) <= _MAX_PATH_SHOWN else shown[: _MAX_PATH_SHOWN - 1] + "…"
 
 
-def listed(names: list[str], limit: int = 5) -> str:
-    """`a, b, c and 4 more` for messages."""
+def listed(names: list[str], limit: int = 5, count: int | None = None) -> str:
+    """`a, b, c and 4 more` for messages. `count`: of all, where `names` are only the first ones."""
+    count = len(names) if count is None else count
     shown = ", ".join(printable(name) for name in names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    return shown if count <= limit else f"{shown} and {count - limit} more"

@@ -6,11 +6,14 @@ and adding images moves few others.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from shared.datasets.classes import Split
 from shared.errors import InvalidInput
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +43,32 @@ def assign(items: Sequence[Labelled], seed: int, val_fraction: float = 0.1, test
         if splits[index] == "train":
             train.setdefault(item.class_name, []).append(index)
     for name, pool in train.items():
-        wanted_test = _share(len(pool), test_fraction, len(pool) - 1)
-        wanted_val = _share(len(pool), val_fraction, len(pool) - 1 - wanted_test)
-        for group in _ranked_groups(items, pool, f"split\0{seed}\0{name}"):
-            if len(group) <= wanted_test:
-                wanted_test -= len(group)
-                side: Split = "test"
-            elif len(group) <= wanted_val:
-                wanted_val -= len(group)
-                side = "val"
-            else:
-                continue
+        groups = _ranked_groups(items, pool, salt(seed, name))
+        for group, side in draw(((group, len(group)) for group in groups), len(pool), val_fraction, test_fraction):
             for index in group:
                 splits[index] = side
     return splits
+
+
+def salt(seed: int, class_name: str) -> str:
+    """What a class's images are ranked by, together with their paths: SHA-256 over `salt\\0path`."""
+    return f"split\0{seed}\0{class_name}"
+
+
+def draw(
+    groups: Iterable[tuple[K, int]], images: int, val_fraction: float, test_fraction: float
+) -> Iterator[tuple[K, Split]]:
+    """Of one class: `groups` of images with the same bytes, each with its size, in the order of their ranks, `images`
+    together. Those that leave train, with their new split."""
+    wanted_test = _share(images, test_fraction, images - 1)
+    wanted_val = _share(images, val_fraction, images - 1 - wanted_test)
+    for group, size in groups:
+        if size <= wanted_test:
+            wanted_test -= size
+            yield group, "test"
+        elif size <= wanted_val:
+            wanted_val -= size
+            yield group, "val"
 
 
 def few_shot(
@@ -77,12 +92,12 @@ def _share(size: int, fraction: float, most: int) -> int:
     return max(0, min(most, max(1, math.floor(size * fraction + 0.5))))
 
 
-def _ranked_groups(items: Sequence[Labelled], pool: list[int], salt: str) -> list[list[int]]:
+def _ranked_groups(items: Sequence[Labelled], pool: list[int], salted: str) -> list[list[int]]:
     """Indices of images with the same bytes together, the groups in the order of the draw."""
     groups: dict[str, list[int]] = {}
     for index in pool:
         groups.setdefault(items[index].sha256 or f"path\0{items[index].path}", []).append(index)
-    return sorted(groups.values(), key=lambda group: _rank(salt, min(items[index].path for index in group)))
+    return sorted(groups.values(), key=lambda group: _rank(salted, min(items[index].path for index in group)))
 
 
 def _rank(salt: str, path: str) -> bytes:

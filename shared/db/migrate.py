@@ -2,6 +2,7 @@
 
 Runs under a PostgreSQL advisory lock, so any number of processes may start at once."""
 
+import logging
 from pathlib import Path
 
 from alembic import command
@@ -12,6 +13,8 @@ from shared.auth import ensure_key
 from shared.config import CoreSettings
 from shared.db.session import Database
 from shared.logging import configure
+
+log = logging.getLogger(__name__)
 
 ADVISORY_LOCK = 0x0CA9_704E
 
@@ -43,7 +46,8 @@ def main() -> None:
     migrate(database)
     if settings.bootstrap_key is not None:
         with database.transaction() as session:
-            ensure_key(session, settings.bootstrap_key.get_secret_value(), owner="admin", name="bootstrap")
+            if not ensure_key(session, settings.bootstrap_key.get_secret_value(), owner="admin", name="bootstrap"):
+                log.warning("CAPTUNE_BOOTSTRAP_KEY was revoked and stays so; set another if you need a new admin key")
     database.close()
 
 

@@ -47,8 +47,12 @@ class ApiKey(Base):
     owner: Mapped[str]
     name: Mapped[str]
     key_hash: Mapped[str] = mapped_column(unique=True)  # SHA-256 of a 256-bit random key: nothing to brute-force
+    prefix: Mapped[str] = mapped_column(server_default="")  # how the key begins, for a person to tell it apart
     scopes: Mapped[list[str]]
+    rate_limit: Mapped[str | None]  # None: the server's
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    last_used_at: Mapped[datetime | None]  # to the minute
+    expires_at: Mapped[datetime | None]  # None: never
     revoked_at: Mapped[datetime | None]
 
 

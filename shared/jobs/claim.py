@@ -7,14 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
+from psycopg.errors import LockNotAvailable
+from sqlalchemy import func, select
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from shared.core import Core
 from shared.db.models import Job
+from shared.db.session import answered_within
 from shared.jobs import Cancelled, HandedBack, LeaseLost, Paused, ledger
 
 log = logging.getLogger(__name__)
+
+JOIN_SECONDS = 2.0  # a heartbeat that hangs in the database is left behind: what it writes is fenced
 
 
 class Claim:
@@ -27,6 +32,7 @@ class Claim:
         self.request: dict[str, Any] = job.request
         self._stopping = stopping
         self._flags = ledger.Flags(cancel=job.cancel_requested, pause=job.pause_requested)
+        self._renewed = time.monotonic()
         self._lost = threading.Event()
         self._done = threading.Event()
         self._progress_at = 0.0
@@ -39,29 +45,38 @@ class Claim:
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
-        self._heartbeat.join()
+        self._heartbeat.join(JOIN_SECONDS)
 
     def _beat(self) -> None:
         """Renew several times within a lease; flags arrive with the same statement."""
         lease = self.core.settings.lease_seconds
-        renewed = time.monotonic()
-        while not self._done.wait(min(1.0, lease / 4)):
+        pause = beat = min(1.0, lease / 4)
+        while not self._done.wait(pause):
+            pause = beat
             try:
-                with self.core.db.transaction() as session:
+                with answered_within(lease / 3), self.core.db.transaction() as session:
+                    session.execute(select(func.set_config("lock_timeout", f"{round(250 * lease)}ms", True)))
                     flags = ledger.renew(session, self.id, self.attempt, lease)
             except SQLAlchemyError as error:  # the database may come back before the lease ends
+                if isinstance(error, OperationalError) and isinstance(error.orig, LockNotAvailable):
+                    # A long transaction of this attempt itself: as long as it holds the row, nobody takes the job.
+                    self._renewed, pause = time.monotonic(), 0.0
+                    continue
                 log.warning("heartbeat failed", extra={"job_id": self.id, "error": str(error)})
-                if time.monotonic() - renewed > lease:
+                if time.monotonic() - self._renewed > lease:
                     self._lost.set()
                 continue
             if flags is None:
                 self._lost.set()
                 return
-            self._flags, renewed = flags, time.monotonic()
+            self._flags, self._renewed = flags, time.monotonic()
 
     def check(self) -> None:
         """Call at every step. Raises where the work must stop."""
-        if self._lost.is_set():
+        # A heartbeat that hangs in a database that does not answer says nothing. Two leases, not one: a process that
+        # was stopped and goes on asks the database first whether the job is still its own.
+        silent = time.monotonic() - self._renewed > 2 * self.core.settings.lease_seconds
+        if self._lost.is_set() or silent:
             raise LeaseLost(f"{self.id}: attempt {self.attempt} lost its lease")
         if self._flags.cancel:
             raise Cancelled(self.id)

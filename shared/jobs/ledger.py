@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
+from shared import tracing
 from shared.db.models import FINAL, Checkpoint, Job, JobEvent
 from shared.errors import CaptuneError, Conflict
 from shared.jobs import LeaseLost
@@ -20,7 +21,7 @@ def create(
     session.add(job)
     session.flush()
     session.refresh(job)
-    add_event(session, id, "job.created", "the job was accepted")
+    add_event(session, id, "job.created", "the job was accepted", tracing.origin() or None)
     _will_enqueue(session, job)
     return job
 
@@ -49,6 +50,11 @@ def claim(session: Session, job_id: str, kind: str, worker: str, lease_seconds: 
     if row is not None:
         add_event(session, job_id, "job.started", f"attempt {row.attempt} started", {"attempt": row.attempt})
     return row
+
+
+def origin(session: Session, job_id: str) -> dict[str, str]:
+    """The request and the trace it was submitted in, which its first event keeps (`tracing.origin`)."""
+    return session.scalar(select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.seq == 1)) or {}
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,13 @@ from redis import RedisError
 from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 
+from shared import metrics, tracing
 from shared.config import CoreSettings
 from shared.core import Core
 from shared.db.models import Job
 from shared.jobs import ledger
 from shared.logging import configure
+from shared.metrics import RECONCILED
 from shared.queue import KINDS
 
 log = logging.getLogger(__name__)
@@ -33,8 +35,14 @@ def recover_lapsed(core: Core) -> int:
         ).all()
         for job in rows:
             ledger.lapse(job, session, core.settings.max_failures)
+            RECONCILED.labels("lapsed", job.kind).inc()
             log.warning("lease lapsed", extra={"job_id": job.id, "attempt": job.attempt, "status": job.status})
     return len(rows)
+
+
+def mend_queue(core: Core) -> None:
+    if wrong := core.queue.mend():
+        log.error("keys of RQ's were of another type and were deleted: who writes to Redis?", extra={"keys": wrong})
 
 
 def requeue_forgotten(core: Core) -> int:
@@ -58,6 +66,7 @@ def requeue_forgotten(core: Core) -> int:
         for job_id in due:
             if job_id not in known:
                 count += core.queue.enqueue(kind, job_id)
+                RECONCILED.labels("enqueued", kind).inc()
                 log.info("enqueued again", extra={"job_id": job_id})
     return count
 
@@ -65,6 +74,8 @@ def requeue_forgotten(core: Core) -> int:
 def main() -> None:
     settings = CoreSettings()
     configure(settings.log_level)
+    tracing.configure(settings.otlp_endpoint, "reconciler")
+    metrics.serve(settings.metrics_port)
     core = Core.from_settings(settings, pool_size=2)
     stop = threading.Event()
     for sig in (signal.SIGTERM, signal.SIGINT):
@@ -72,6 +83,7 @@ def main() -> None:
     while not stop.wait(settings.reconcile_seconds):
         try:
             recover_lapsed(core)
+            mend_queue(core)
             requeue_forgotten(core)
         except (SQLAlchemyError, RedisError) as error:
             log.warning("reconciling failed, trying again", extra={"error": str(error)})

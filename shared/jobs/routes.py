@@ -1,21 +1,22 @@
 """Every kind of job has the same life, so the same routes: read, list, events (JSON or SSE), cancel, pause, resume."""
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+import re
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import StreamingResponse
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from shared import idempotency
-from shared.auth import Principal, Reader, Writer
+from shared.auth import Principal, Reader, Writer, hash_key
 from shared.core import Core
-from shared.db.models import FINAL, Base, Job, JobEvent
+from shared.db.models import Base, Job, JobEvent
 from shared.errors import NotFound
 from shared.jobs import ledger
+from shared.jobs.streams import EventStream, Position
 from shared.paging import page
 from shared.schemas import common
 from shared.web import After, CoreDep, IdempotencyKey, Limit, accepted
@@ -24,7 +25,7 @@ R = TypeVar("R", bound=common.JobResource)
 S = TypeVar("S", bound=common.Resource)
 M = TypeVar("M", bound=Base)
 Where = list[ColumnElement[bool]]
-SSE_POLL_SECONDS = 0.3
+MOST_EVENTS = 10**9 - 1  # of one job
 NOUNS = {"ingest": "data set", "caption": "caption job", "fine_tune": "fine-tuning job", "evaluate": "evaluation"}
 
 
@@ -118,6 +119,7 @@ def job_routes(
         "/{id}/events",
         response_model=common.Page[common.JobEvent],
         summary="What happened, oldest first; as a stream with `Accept: text/event-stream`",
+        responses={200: {"content": {"text/event-stream": {}}}},
     )
     async def events(
         id: str,
@@ -131,10 +133,10 @@ def job_routes(
     ) -> Any:
         await run_in_threadpool(_check, core, who, kind, id)
         if "text/event-stream" in accept:
-            start = int(last_event_id) if last_event_id and last_event_id.isdigit() else after
-            stream = _sse(core, id, start, request, render)
-            return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        rows, _ = await run_in_threadpool(_events_after, core, id, after, limit + 1)
+            start = Position(id, _start(last_event_id, after))
+            done = partial(_rendered, core, id, render)
+            return EventStream(request.app.state.streams, who.owner, _key_hash(who, request), start, done)
+        rows = await run_in_threadpool(_events_after, core, id, after, limit + 1)
         data = [common.JobEvent.model_validate(row) for row in rows[:limit]]
         return common.Page(data=data, has_more=len(rows) > limit, last_id=str(data[-1].seq) if data else None)
 
@@ -160,11 +162,10 @@ def _check(core: Core, who: Principal, kind: str, job_id: str) -> None:
         get_job(session, who, kind, job_id)
 
 
-def _events_after(core: Core, job_id: str, seq: int, limit: int) -> tuple[list[JobEvent], Job]:
+def _events_after(core: Core, job_id: str, seq: int, limit: int) -> list[JobEvent]:
     with core.transaction() as session:
-        job = session.get_one(Job, job_id)  # read before the events: a final job's last event is then never missed
         query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.seq > seq)
-        return list(session.scalars(query.order_by(JobEvent.seq).limit(limit)).all()), job
+        return list(session.scalars(query.order_by(JobEvent.seq).limit(limit)).all())
 
 
 def _rendered(core: Core, job_id: str, render: Callable[[Session, Job], R]) -> R:
@@ -172,26 +173,13 @@ def _rendered(core: Core, job_id: str, render: Callable[[Session, Job], R]) -> R
         return render(session, session.get_one(Job, job_id))
 
 
-async def _sse(
-    core: Core, job_id: str, seq: int, request: Request, render: Callable[[Session, Job], R]
-) -> AsyncIterator[str]:
-    """Events with their sequence number as id, `progress` messages between, the job itself (`done`) last."""
-    progress: Any = None
-    idle = 0.0
-    while not await request.is_disconnected():
-        rows, job = await run_in_threadpool(_events_after, core, job_id, seq, 100)
-        for row in rows:
-            seq = row.seq
-            yield f"id: {seq}\nevent: event\ndata: {common.JobEvent.model_validate(row).model_dump_json()}\n\n"
-        if job.progress != progress and job.progress is not None:
-            progress = job.progress
-            yield f"event: progress\ndata: {common.Progress.model_validate(progress).model_dump_json()}\n\n"
-        if job.status in FINAL and not rows:
-            done = await run_in_threadpool(_rendered, core, job_id, render)
-            yield f"event: done\ndata: {done.model_dump_json()}\n\n"
-            return
-        idle = 0.0 if rows else idle + SSE_POLL_SECONDS
-        if idle >= 15:
-            idle = 0.0
-            yield ": still here\n\n"  # keeps proxies from closing the stream
-        await asyncio.sleep(SSE_POLL_SECONDS)
+def _start(last_event_id: str | None, after: int) -> int:
+    """The event that a client had last; a number that no event can have is none of ours."""
+    named = last_event_id is not None and re.fullmatch(r"[0-9]{1,9}", last_event_id)
+    return int(last_event_id) if named and last_event_id else min(after, MOST_EVENTS)
+
+
+def _key_hash(who: Principal, request: Request) -> str | None:
+    """Of the key that the stream ends with; the service's token ends with the process."""
+    _, _, key = request.headers.get("authorization", "").partition(" ")
+    return None if who.owner == "service" else hash_key(key.strip())

@@ -9,14 +9,20 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+from redis import RedisError
 from rq import Queue, SimpleWorker
+from rq.exceptions import NoSuchJobError, StopRequested
 from rq.job import Job as RQJob
 from rq.serializers import JSONSerializer
+from rq.worker.base import WorkerStatus
 from sqlalchemy.orm import Session
 
+from shared import metrics, tracing
 from shared.config import CoreSettings
 from shared.core import Core
 from shared.cpu import share_cores
@@ -24,8 +30,9 @@ from shared.db.models import Job
 from shared.errors import CaptuneError, TooBusy, Unavailable
 from shared.jobs import Cancelled, HandedBack, LeaseLost, Paused, ledger
 from shared.jobs.claim import Claim
-from shared.logging import configure
-from shared.queue import KINDS, ledger_id
+from shared.logging import configure, job_fields
+from shared.metrics import ATTEMPTS, CLAIMED, LEASES_LOST
+from shared.queue import KINDS, connect, ledger_id
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +41,12 @@ log = logging.getLogger(__name__)
 Finish = Callable[[Session], dict[str, Any]]
 Task = Callable[[Claim], Finish]
 
-FIRST_DELAY = 5.0  # seconds before a failed attempt is repeated; four times as long after each further failure
+# Seconds, of a worker in Redis. RQ waits for a job for 15 s less, and for an answer of Redis for 5 s less: with its
+# default of seven minutes, a connection that went dead without a word would keep the worker from its queue for as long.
+WORKER_TTL = 20
+RECONNECT_SECONDS = 1.0
+
+LONGEST_WISH = 12  # of what an error says to wait, in first delays
 
 TASKS = {
     "ingest": "services.captioner.ingest:ingest",
@@ -60,26 +72,42 @@ class Runner:
     def run(self, job_id: str) -> None:
         with self.core.transaction() as session:
             job = ledger.claim(session, job_id, self.kind, self.name, self.core.settings.lease_seconds)
+            origin = ledger.origin(session, job_id) if job is not None else {}
         if job is None:
             log.info("nothing to claim", extra={"job_id": job_id})
             return
         context = {"job_id": job.id, "kind": job.kind, "attempt": job.attempt}
-        log.info("job claimed", extra=context)
-        with Claim(self.core, job, self.stopping) as claim:
+        with (
+            job_fields(**context, request_id=origin.get("request_id")),
+            tracing.job_span(self.kind, origin, context) as span,
+            Claim(self.core, job, self.stopping) as claim,
+        ):
+            CLAIMED.labels(self.kind).inc()
+            log.info("job claimed")
+            began = time.perf_counter()
             try:
-                self._work(claim)
+                outcome = self._work(claim)
             except LeaseLost:
-                log.warning("lease lost, nothing more is written", extra=context)
-                return
-        log.info("job left", extra=context)
+                LEASES_LOST.labels(self.kind).inc()
+                log.warning("lease lost, nothing more is written")
+                outcome = "lease_lost"
+            except Exception:  # the database is away: the lease lapses, and the reconciler queues the job again
+                log.exception("how the attempt ended could not be written")
+                outcome = "not_written"
+            span.set_attribute("outcome", outcome)
+            seconds = time.perf_counter() - began
+            ATTEMPTS.labels(self.kind, outcome).observe(seconds)
+            log.info("job left", extra={"outcome": outcome, "seconds": round(seconds, 2)})
 
-    def _work(self, claim: Claim) -> None:
+    def _work(self, claim: Claim) -> str:
+        """Returns the job's next state."""
         try:
             claim.check()
             finish = load_task(claim.kind)(claim)
             with claim.transaction() as session:
                 job = session.get_one(Job, claim.id)
                 ledger.finish(job, session, "succeeded", result=finish(session))
+            return job.status
         except LeaseLost:
             raise
         except (Cancelled, Paused, HandedBack) as interrupt:
@@ -91,17 +119,20 @@ class Runner:
                     ledger.pause(job, session)
                 else:  # stopping, or resumed while it was being paused
                     ledger.give_back(job, session, "the attempt was interrupted; another one goes on")
+            return job.status
         except (TooBusy, Unavailable) as error:
-            self._retry(claim, error)
+            return self._retry(claim, error)
         except CaptuneError as error:
-            log.info("job failed", extra={"job_id": claim.id, "code": error.code})
+            log.info("job failed", extra={"code": error.code})
             with claim.transaction() as session:
-                ledger.finish(session.get_one(Job, claim.id), session, "failed", error=error)
+                job = session.get_one(Job, claim.id)
+                ledger.finish(job, session, "failed", error=error)
+            return job.status
         except Exception as error:
-            log.exception("job raised", extra={"job_id": claim.id, "attempt": claim.attempt})
-            self._retry(claim, _internal(error))
+            log.exception("job raised")
+            return self._retry(claim, _internal(error))
 
-    def _retry(self, claim: Claim, error: CaptuneError) -> None:
+    def _retry(self, claim: Claim, error: CaptuneError) -> str:
         with claim.transaction() as session:
             job = session.get_one(Job, claim.id)
             if job.cancel_requested:
@@ -110,9 +141,11 @@ class Runner:
                 job.failures += 1
                 ledger.finish(job, session, "failed", error=error)
             else:
-                delay = max(float(error.retry_after or 0), FIRST_DELAY * 4.0**job.failures)
+                first = self.core.settings.retry_seconds
+                delay = max(min(error.retry_after or 0.0, LONGEST_WISH * first), first * 4.0**job.failures)
                 reason = f"attempt {job.attempt} failed: {error.message} Trying again in {delay:.0f} s."
                 ledger.give_back(job, session, reason, delay_seconds=delay, failed=True)
+        return job.status
 
 
 def _internal(error: Exception) -> CaptuneError:
@@ -123,9 +156,34 @@ class _Worker(SimpleWorker):
     """RQ's worker, with SIGTERM passed on to the running task."""
 
     runner: Runner
+    max_connection_wait_time = 5.0  # seconds between attempts while Redis is away; RQ's own is a minute
 
     def handle_warm_shutdown_request(self) -> None:
         self.runner.stopping.set()
+
+    def _shutdown(self) -> None:
+        """RQ's also writes to Redis: in a signal handler, whose errors would be raised in the middle of the job."""
+        if self.get_state() != WorkerStatus.BUSY:
+            raise StopRequested
+        self._stop_requested = True
+
+    def subscribe(self) -> None:
+        """To no commands: who can write to Redis must not stop workers. Jobs are cancelled in the ledger."""
+
+    def unsubscribe(self) -> None:
+        pass
+
+    def check_for_suspension(self, burst: bool) -> None:
+        """For the same reason, none is looked for."""
+
+
+_PAYLOAD = {
+    b"data": b'["captune.job", null, [], {}]',
+    b"status": b"queued",
+    b"timeout": b"-1",
+    b"result_ttl": b"0",
+    b"failure_ttl": b"60",
+}
 
 
 def _job_class(runner: Runner) -> type[RQJob]:
@@ -133,6 +191,12 @@ def _job_class(runner: Runner) -> type[RQJob]:
 
     class LedgerJob(RQJob):
         success_callback = failure_callback = stopped_callback = None
+
+        def refresh(self) -> None:
+            """Of the payload itself nothing is read: it could be a bomb, or bring a time limit, retries, dependents."""
+            if not self.connection.exists(self.key):
+                raise NoSuchJobError(self.key)
+            self.restore(_PAYLOAD)
 
         def _execute(self) -> None:
             runner.run(ledger_id(self.id))
@@ -147,16 +211,39 @@ def main(kind: str) -> None:
     share_cores()
     settings = CoreSettings()
     configure(settings.log_level)
+    tracing.configure(settings.otlp_endpoint, f"worker-{kind}")
+    metrics.serve(settings.metrics_port)
     core = Core.from_settings(settings, pool_size=4)
     runner = Runner(core, kind, name=f"{socket.gethostname()}:{os.getpid()}")
-    job_class = _job_class(runner)
-    queue = Queue(kind, connection=core.queue.redis, serializer=JSONSerializer, job_class=job_class)
+    load_task(kind)  # now, not in the first job: no heartbeat gets through while torch is imported
+    with suppress(StopRequested):  # SIGTERM while Redis is away
+        while not runner.stopping.is_set():
+            try:
+                listen(runner, settings.redis_url.get_secret_value())
+            except RedisError as error:
+                log.warning("Redis is away, connecting again", extra={"error": str(error)})
+            runner.stopping.wait(RECONNECT_SECONDS)
+    core.close()
+
+
+def listen(runner: Runner, redis_url: str, *, burst: bool = False) -> None:
+    """Does the jobs of the runner's queue until SIGTERM, or an error of Redis that RQ does not go on from. burst: only
+    until the queue is empty. On a connection of its own: RQ sets how long it may be silent."""
+    redis, job_class = connect(redis_url), _job_class(runner)
+    queue = Queue(runner.kind, connection=redis, serializer=JSONSerializer, job_class=job_class)
     worker = _Worker(
-        [queue], connection=core.queue.redis, serializer=JSONSerializer, job_class=job_class, log_job_description=False
+        [queue],
+        connection=redis,
+        serializer=JSONSerializer,
+        job_class=job_class,
+        log_job_description=False,
+        worker_ttl=WORKER_TTL,
     )
     worker.runner = runner
-    worker.work(logging_level="WARNING")
-    core.close()
+    try:
+        worker.work(burst=burst, logging_level="WARNING")
+    finally:
+        redis.close()
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ UnixTime = Annotated[int, BeforeValidator(_unix), Field(description="seconds sin
 
 
 class Request(BaseModel):
-    """A request body: unknown fields are an error, not silence."""
+    """A request body: unknown fields are an error, not silence; "1" is no number, and 1 is no truth value."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Resource(BaseModel):

@@ -20,6 +20,7 @@ from tests.openai_server import OpenAIServer, after, echo
 from tests.tiny_clip import write_tiny_clip
 from tests.tiny_mllm import build
 
+PROVIDER_KEY, DATABASE_PASSWORD = "sk-of-the-model-server-5d1c", "password-of-the-database-77aa"
 OUTSIDE = ("CAPTUNE_", "DATABASE_URL", "REDIS_URL", "STORAGE_URL")  # settings of whoever runs the tests
 
 
@@ -67,12 +68,14 @@ def model_server() -> Iterator[ModelServer]:
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory, models: Path, model_server: ModelServer) -> Iterator[Stack]:
     remote = {"type": "openai", "model": "tiny", "base_urls": [model_server.running.url], "concurrency": 8}
+    remote["api_key"] = PROVIDER_KEY
     tiny = {"type": "hf", "model": str(models / "mllm"), "precision": "nf4", "device": "cpu"}
     env = {
         "CAPTUNE_MODEL_ROOTS": json.dumps([str(models)]),
         "CAPTUNE_ENGINES": json.dumps(
             {"attributes": {}, "tiny": {**tiny, "model_roots": [str(models)]}, "remote": remote}
         ),
+        "PGPASSWORD": DATABASE_PASSWORD,  # which this PostgreSQL does not ask for; its clients have it all the same
         "CAPTUNE_LEASE_SECONDS": "2",
         "CAPTUNE_RECONCILE_SECONDS": "0.3",
         "CAPTUNE_REQUEUE_AFTER_SECONDS": "1",

@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
+import httpx
 import pytest
 
 from captune import Client
-from services.embedded.processes import marked
+from services.embedded.processes import marked, running_in
 from tests.e2e import pictures
 from tests.e2e.waiting import finished, succeeded, until
 
 pytestmark = pytest.mark.timeout(180)
 ROOT = Path(__file__).parents[2]
 MARK = "CAPTUNE_E2E"  # in the environment of every process a test starts, and so of all that those start
-EXPECTED = {"api", "worker-ingest", "worker-caption", "worker-fine_tune", "worker-evaluate", "reconciler"}
+EXPECTED = {"api", "worker-ingest", "worker-caption", "worker-fine_tune", "worker-evaluate", "reconciler", "collector"}
 
 
 def command(*arguments: str) -> list[str]:
@@ -167,6 +168,28 @@ def test_a_taken_port_is_told(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert not marked({MARK: str(tmp_path)})
     assert not (tmp_path / "state" / "connection.json").exists()
+
+
+def test_killed_postgres_and_valkey_are_started_again_and_the_rest_survives(running: Up, tmp_path: Path) -> None:
+    def servers() -> set[int]:
+        """PostgreSQL's first process, and Valkey's."""
+        first = int((running.state_dir / "postgres" / "postmaster.pid").read_text().split()[0])
+        return {first} | running_in(running.state_dir / "valkey", {"valkey-server"})
+
+    def others() -> set[int]:
+        return {pid for pid in running.living() if Path(f"/proc/{pid}/comm").read_text().strip() == "python"}
+
+    before, beside = servers(), others()
+    assert len(before) == 2
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    until("both are there again", lambda: not servers() & before and len(servers()) == 2)
+    archive = pictures.write_zip(tmp_path / "shapes.zip", pictures.by_class(6))
+    with running.client() as client:
+        until("the API is ready", lambda: httpx.get(f"{client.url}/readyz", trust_env=False).is_success)
+        assert succeeded(client, client.push(archive, name="after", domain="simple shapes")).counts
+    assert others() == beside, "nobody else died of it"
+    assert running.process.poll() is None
 
 
 def test_two_side_by_side_and_ctrl_c_leaves_nothing(running: Up, start: Callable[..., Up]) -> None:

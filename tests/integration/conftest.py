@@ -25,6 +25,7 @@ from shared.core import Core
 from shared.db.migrate import migrate
 from shared.db.models import Base
 from shared.db.session import Database
+from shared.serve import BoundedProtocol
 from shared.web import create_api
 from tests.integration.captioner_server import CaptionerServer, captioner_server
 from tests.integration.support import DEAD_REDIS, JSON_LIMIT, UPLOAD_LIMIT, Api, Servers, client, wait_for
@@ -153,7 +154,9 @@ def lab(core: Core, model_root: Path, tmp_path: Path) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def base_url(app: FastAPI) -> Iterator[str]:
     """The same app behind a real socket: for streams, and bodies sent in pieces."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, host="127.0.0.1", port=0, http=BoundedProtocol, log_config=None, lifespan="off")
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_for(lambda: server.started)

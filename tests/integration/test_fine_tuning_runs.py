@@ -29,6 +29,7 @@ from shared.row_cache import open_cache
 from shared.schemas.fine_tuning import FineTuningRequest
 from tests.integration.factories import (
     add_caption,
+    add_checkpoint,
     add_dataset,
     add_group,
     add_job,
@@ -394,6 +395,14 @@ def test_a_paused_run_keeps_its_state_and_goes_on(core: Core, submit: Submit) ->
     whole = done(core, submit("flyp", {**QUICK, "epochs": 40}))
     left, right = (load_file(folder(core, each) / "open_clip_model.safetensors") for each in (row, whole))
     assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+def test_a_run_whose_saved_state_is_gone_begins_anew(core: Core, submit: Submit) -> None:
+    job_id = submit("flyp", QUICK)
+    add_checkpoint(core, job_id, 1, "resume", f"training/{job_id}-1-1")  # a database restored without its store
+    done(core, job_id)
+    assert "warning.begun_anew" in types_of(core, job_id)
+    assert "training.resumed" not in types_of(core, job_id)
 
 
 def test_a_run_whose_captions_were_edited_while_it_was_paused_begins_anew(

@@ -1,14 +1,20 @@
-"""One owner's things do not exist for another; the routes come from the OpenAPI document, so that no new one is
-forgotten here."""
+"""One owner's things do not exist for another: whatever is asked, about whichever of them, the answer is that for an id
+that does not exist. The routes and their parameters come from the OpenAPI document, so that no new one is forgotten."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import select
+from sqlalchemy import select, text
 
+from services.captioner.serving.batcher import Batcher
+from shared.auth import create_key
 from shared.core import Core
-from shared.db.models import Image
+from shared.db.models import ApiKey, Base, Classifier, Image
 from tests.integration.evaluations import add_predictions, card_of
 from tests.integration.factories import (
     add_caption,
@@ -17,155 +23,281 @@ from tests.integration.factories import (
     add_dataset,
     add_group,
     add_job,
+    archive,
     caption_request,
     fine_tune_request,
     read_job,
 )
-from tests.integration.support import Api
+from tests.integration.probes import KINDS, NOT_AN_OWNERS, OWNERLESS, PROBES, Request, Things, address
+from tests.integration.support import Api, wait_for
+from tests.unit.captioner.serving.echo import Echo
 
-# Bodies of the routes that need one to get as far as looking for the thing.
-BODIES: dict[tuple[str, str], dict[str, object]] = {
-    ("PATCH", "/v1/datasets/{id}"): {"name": "ours", "display_names": {"cat": "ours"}},
-    ("PATCH", "/v1/captions/{id}"): {"text": "ours", "excluded": True},
-    ("PATCH", "/v1/classifiers/{id}"): {"tags": ["ours"], "pinned": True},
-    ("POST", "/v1/fine_tuning/groups/{id}/runs"): {"methods": [{"type": "zero_shot"}]},
-    ("POST", "/v1/fine_tuning/groups/{id}/soup"): {},
-}
+Operation = tuple[str, str]
 
 
-@dataclass
-class Belongings:
-    """One thing of every kind."""
-
-    dataset: str
-    image: str
-    caption_job: str
-    caption: str
-    fine_tuning_job: str
-    classifier: str
-    evaluation: str
-    group: str
-
-    def id_in(self, path: str) -> str:
-        prefixes = {
-            "/v1/datasets/": self.dataset,
-            "/v1/images/": self.image,
-            "/v1/caption_jobs/": self.caption_job,
-            "/v1/captions/": self.caption,
-            "/v1/fine_tuning/jobs/": self.fine_tuning_job,
-            "/v1/classifiers/": self.classifier,
-            "/v1/evaluations/": self.evaluation,
-            "/v1/fine_tuning/groups/": self.group,
-        }
-        return next(id for prefix, id in prefixes.items() if path.startswith(prefix))
+def things_of(core: Core, owner: str) -> Things:
+    """One of every kind, on the very same pictures as everybody else's."""
+    word = f"{owner}sword"
+    classes = [{"name": name, "display_name": name} for name in ("cat", "dog", word)]
+    dataset = add_dataset(core, owner, images=1, classes=classes)
+    with core.transaction() as session:
+        image = session.scalars(select(Image).where(Image.dataset_id == dataset).order_by(Image.id)).first()
+        key, _ = create_key(session, owner=owner, name=word, scopes=("read",))
+    assert image is not None
+    about: dict[str, Any] = {"owner": owner, "dataset_id": dataset, "status": "succeeded"}  # a stream of events ends
+    group = add_group(core, dataset, owner=owner, name=word)
+    caption_job = add_job(core, "caption", request=caption_request(dataset), **about)
+    caption = add_caption(core, image, caption_job, text=f"a soft {word}")
+    fine_tuning_job = add_job(core, "fine_tune", request=fine_tune_request(dataset), group_id=group, **about)
+    checkpoint = add_checkpoint(core, fine_tuning_job)
+    core.store.put_bytes(f"classifiers/{owner}/captune.json", card_of().model_dump_json().encode())
+    classifier = add_classifier(
+        core,
+        dataset,
+        {"top1": 0.5},
+        owner=owner,
+        correct=[True, False],
+        **{"storage_key": f"classifiers/{owner}", "group_id": group, "tags": [word]},
+        **dict.fromkeys(("model", "method", "captioner", "suffix"), word),
+    )
+    evaluation = add_job(core, "evaluate", request={"classifier_id": classifier, "split": "val"}, **about)
+    add_predictions(core, evaluation, classifier, dataset)
+    with core.transaction() as session:
+        row = session.get_one(Classifier, classifier).setting
+    return Things(
+        dataset=dataset,
+        image=image.id,
+        caption_job=caption_job,
+        caption=caption,
+        fine_tuning_job=fine_tuning_job,
+        checkpoint=checkpoint,
+        classifier=classifier,
+        evaluation=evaluation,
+        group=group,
+        key=key.id,
+        row=row,
+        etag="",
+        idempotency_key=f"of {owner}",
+        word=word,
+    )
 
 
 @pytest.fixture
-def annas(core: Core) -> Belongings:
-    dataset = add_dataset(core, images=1)
+def bens(core: Core) -> Things:
+    """Between two lots of Anna's and with one more after them: beyond any cursor there is something of both."""
+    things_of(core, "anna")
+    return things_of(core, "ben")
+
+
+@pytest.fixture
+def annas(core: Core, bens: Things, api: Api) -> Things:
+    annas = things_of(core, "anna")
+    add_dataset(core, "ben")
+    add_classifier(core, bens.dataset, {"top1": 0.25}, owner="ben", group_id=bens.group)
+    body = {"dataset_id": annas.dataset}
+    made = api.anna.post("/v1/caption_jobs", json=body, headers={"Idempotency-Key": annas.idempotency_key})
+    assert made.status_code == 202
+    etag = api.anna.get("/v1/leaderboard", params={"dataset_id": annas.dataset}).headers["ETag"]
+    return replace(annas, etag=etag.strip('"'))
+
+
+@pytest.fixture
+def http(api: Api, base_url: str, app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, httpx.Client]]:
+    """Over a socket: headers and bytes as they are sent. A caption model is served, so that previews are made."""
+    batcher = Batcher(Echo(), max_wait_ms=1)
+    batcher.start()
+    monkeypatch.setattr(app.state, "batchers", {"attributes": batcher}, raising=False)
+    wait_for(lambda: batcher.ready)
+    keys = {name: getattr(api, name).headers["authorization"] for name in ("anna", "ben", "admin")}
+    clients = {
+        name: httpx.Client(base_url=base_url, headers={"Authorization": key}, timeout=30) for name, key in keys.items()
+    }
+    yield clients
+    for each in clients.values():
+        each.close()
+    batcher.stop()
+
+
+def send(client: httpx.Client, method: str, path: str, request: Request, of: Things) -> httpx.Response:
+    options: dict[str, Any] = {"params": request.params, "headers": request.headers}
+    for name in ("json", "data", "files"):
+        if (given := getattr(request, name)) is not None:
+            options[name] = given
+    return client.request(method, address(path, request, of), **options)
+
+
+def told(answer: httpx.Response, of: Things) -> tuple[int, dict[str, str], str]:
+    """All of it, but for the ids that the caller has sent."""
+    headers = {name: of.unnamed(value) for name, value in answer.headers.items()}
+    for own in ("date", "x-request-id", "etag"):  # a leaderboard's tag is a hash of what was asked, ids and all
+        headers.pop(own, None)
+    return answer.status_code, headers, of.unnamed(answer.text)
+
+
+def everything(core: Core) -> dict[str, list[str]]:
+    """Every row, as text."""
+    found = {}
     with core.transaction() as session:
-        image = session.scalars(select(Image).order_by(Image.id)).first()
-    assert image is not None
-    caption_job = add_job(core, "caption", request=caption_request(dataset), dataset_id=dataset, status="succeeded")
-    caption = add_caption(core, image, caption_job)
-    fine_tuning_job = add_job(core, "fine_tune", request=fine_tune_request(dataset), dataset_id=dataset)
-    add_checkpoint(core, fine_tuning_job)
-    core.store.put_bytes("classifiers/1/captune.json", card_of().model_dump_json().encode())
-    classifier = add_classifier(core, dataset, {"top1": 0.5}, storage_key="classifiers/1")
-    evaluation = add_job(core, "evaluate", request={"classifier_id": classifier, "split": "val"}, dataset_id=dataset)
-    add_predictions(core, evaluation, classifier, dataset)
-    group = add_group(core, dataset)
-    return Belongings(dataset, image.id, caption_job, caption, fine_tuning_job, classifier, evaluation, group)
+        for name in Base.metadata.tables.keys() - {ApiKey.__tablename__}:
+            found[name] = sorted(session.scalars(text(f"SELECT t::text FROM {name} t")))
+    return found
 
 
-def operations(app: FastAPI, *, with_id: bool) -> list[tuple[str, str]]:
-    return [
-        (method.upper(), path)
+def operations(app: FastAPI) -> dict[Operation, dict[str, Any]]:
+    return {
+        (method.upper(), path): operation
         for path, found in app.openapi()["paths"].items()
-        for method in found
-        if path.startswith("/v1/") and ("{id}" in path) == with_id and not path.startswith("/v1/keys")
-    ]
+        for method, operation in found.items()
+        if path.startswith("/v1/")
+    }
 
 
-def test_another_owners_ids_are_404_in_every_route(api: Api, app: FastAPI, annas: Belongings) -> None:
-    found = operations(app, with_id=True)
-    assert len(found) > 25
-    assert all(path.count("{") == 1 for _, path in found)
-    for method, path in found:
-        address = path.replace("{id}", annas.id_in(path))
-        answer = api.ben.request(method, address, json=BODIES.get((method, path)))
-        assert answer.status_code == 404, f"{method} {address}: {answer.text}"
-        assert answer.json()["code"] == "not_found"
-        if method == "GET":
-            for who in (api.anna, api.admin):
-                assert who.get(address).status_code == 200, f"{method} {address}"
+# -- that nothing is left out ------------------------------------------------------------------------------------------
 
 
-def test_bens_tries_changed_nothing(api: Api, core: Core, annas: Belongings) -> None:
-    for action in ("cancel", "pause", "resume"):
-        api.ben.post(f"/v1/fine_tuning/jobs/{annas.fine_tuning_job}/{action}")
-    api.ben.patch(f"/v1/datasets/{annas.dataset}", json={"name": "ours", "display_names": {"cat": "ours"}})
-    api.ben.patch(f"/v1/captions/{annas.caption}", json={"text": "ours"}, headers={"If-Match": "*"})
-    api.ben.delete(f"/v1/datasets/{annas.dataset}")
-    api.ben.delete(f"/v1/classifiers/{annas.classifier}")
-    api.ben.post(f"/v1/fine_tuning/groups/{annas.group}/runs", json={"methods": [{"type": "zero_shot"}]})
-    assert read_job(core, annas.fine_tuning_job).status == "queued"
-    dataset = api.anna.get(f"/v1/datasets/{annas.dataset}").json()
-    assert (dataset["name"], dataset["classes"][0]["display_name"]) == ("pets", "cat")
-    assert api.anna.get(f"/v1/fine_tuning/groups/{annas.group}").json()["runs"] == 0
-    caption = api.anna.get(f"/v1/captions/{annas.caption}").json()
-    assert (caption["text"], caption["version"]) == ("a soft coat", 1)
-    assert api.anna.get(f"/v1/classifiers/{annas.classifier}").status_code == 200
+def test_every_route_is_probed(app: FastAPI) -> None:
+    assert operations(app).keys() | OWNERLESS.keys() == PROBES.keys() | OWNERLESS.keys()
+    assert not PROBES.keys() & OWNERLESS.keys()
 
 
-def test_an_unknown_id_reads_the_same_as_another_owners(api: Api, annas: Belongings) -> None:
-    theirs = api.ben.get(f"/v1/datasets/{annas.dataset}").json()
-    unknown = api.ben.get("/v1/datasets/ds_nothing").json()
-    assert theirs["detail"].replace(annas.dataset, "X") == unknown["detail"].replace("ds_nothing", "X")
+def test_every_parameter_that_may_name_something_is_probed(app: FastAPI, annas: Things, bens: Things) -> None:
+    schemas = app.openapi()["components"]["schemas"]
+    for operation, document in operations(app).items():
+        if operation in OWNERLESS:
+            continue
+        requests = [probe(annas, bens) for probe in PROBES[operation]]
+        sent = {name.lower() for each in requests for name in (*each.params, *each.headers)}
+        free = {
+            each["name"].lower()
+            for each in document.get("parameters", ())
+            if each["in"] != "path" and _is_text(each["schema"]) and each["name"] not in NOT_AN_OWNERS
+        }
+        assert free <= sent, f"{operation}: {sorted(free - sent)}"
+        named = set().union(*(_names_in(each.json) | set(each.data or ()) for each in requests))
+        wanted = {
+            name
+            for content in document.get("requestBody", {}).get("content", {}).values()
+            for name in _properties(content["schema"], schemas)
+            if name == "id" or name.endswith(("_id", "_ids"))
+        }
+        assert wanted <= named, f"{operation}: {sorted(wanted - named)}"
 
 
-def test_lists_show_ones_own_and_an_admin_all(api: Api, app: FastAPI, core: Core, annas: Belongings) -> None:
-    bens = add_dataset(core, "ben")
-    for method, path in operations(app, with_id=False):
-        if method != "GET" or path in ("/v1/leaderboard", "/v1/leaderboard/compare", "/v1/fine_tuning/methods"):
+def _is_text(schema: dict[str, Any]) -> bool:
+    choices = schema.get("anyOf", [schema])
+    return any(each.get("type") == "string" and not {"enum", "const"} & each.keys() for each in choices)
+
+
+def _properties(schema: dict[str, Any], schemas: dict[str, Any]) -> set[str]:
+    """Names of all fields, however deep."""
+    found: set[str] = set()
+    left, seen = [schema], set()
+    while left:
+        each = left.pop()
+        if isinstance(each, dict):
+            found |= set(each.get("properties", ()))
+            name = str(each.get("$ref", "")).rpartition("/")[2]
+            if name and name not in seen:
+                seen.add(name)
+                left.append(schemas[name])
+            left.extend(each.values())
+        elif isinstance(each, list):
+            left.extend(each)
+    return found
+
+
+def _names_in(body: Any) -> set[str]:
+    if isinstance(body, dict):
+        return set(body).union(*(_names_in(value) for value in body.values()))
+    return set().union(*(_names_in(each) for each in body)) if isinstance(body, list) else set()
+
+
+# -- that nothing is told ----------------------------------------------------------------------------------------------
+
+
+def test_another_owners_things_do_not_exist(
+    http: dict[str, httpx.Client], core: Core, annas: Things, bens: Things
+) -> None:
+    ghosts = annas.ghosts()
+    before = everything(core)
+    answers = {}
+    for (method, path), probes in PROBES.items():
+        for number, probe in enumerate(probes):
+            real, ghost = probe(annas, bens), probe(ghosts, bens)
+            answer = send(http["ben"], method, path, real, annas)
+            where = f"{method} {path} {real}"
+            assert told(answer, annas) == told(send(http["ben"], method, path, ghost, ghosts), ghosts), where
+            assert method == "GET" or 400 <= answer.status_code < 500, f"{where}: {answer.text}"
+            if "{id}" in path and not real.id and not path.startswith("/v1/keys"):
+                assert (answer.status_code, answer.json()["code"]) == (404, "not_found"), where
+            answers[method, path, number] = answer
+            mentioned = annas.unnamed(json.dumps([real.params, real.headers, real.json, real.data, str(answer.url)]))
+            for name, value in asdict(annas).items():
+                assert value not in answer.text or f"<{name}>" in mentioned, f"{where} tells of {value}"
+    assert everything(core) == before
+
+    # And there was something to be seen: an admin's answers are others. What deletes comes last.
+    for (method, path), probes in sorted(
+        PROBES.items(), key=lambda item: (item[0][0] == "DELETE", item[0][0] != "GET")
+    ):
+        for number, probe in enumerate(probes):
+            request = probe(annas, bens)
+            if request.of_ones_own:
+                continue
+            seen = send(http["admin"], method, path, request, annas)
+            was = answers[method, path, number]
+            assert (seen.status_code, seen.text) != (was.status_code, was.text), f"{method} {path} {request}"
+
+
+def test_the_owner_and_an_admin_see_them(http: dict[str, httpx.Client], annas: Things, bens: Things) -> None:
+    for (method, path), probes in PROBES.items():
+        if method == "GET" and "{id}" in path:
+            for who in ("anna", "admin"):
+                answer = send(http[who], method, path, probes[0](annas, bens), annas)
+                assert answer.status_code == 200, f"{who}: {method} {path}: {answer.text}"
+
+
+def test_lists_show_ones_own_and_an_admin_all(http: dict[str, httpx.Client], annas: Things, bens: Things) -> None:
+    lists = [path for method, path in PROBES if method == "GET" and "{id}" not in path and "leaderboard" not in path]
+    assert len(lists) == 7
+    for path in lists:
+        if path == "/v1/keys":
             continue
         mine, theirs, everyones = (
-            {item["id"] for item in who.get(path).json()["data"]} for who in (api.anna, api.ben, api.admin)
+            {item["id"] for item in http[who].get(path).json()["data"]} for who in ("anna", "ben", "admin")
         )
-        assert mine, path
-        assert theirs == ({bens} if path == "/v1/datasets" else set()), path
+        kind = next(kind for prefix, kind in KINDS.items() if f"{path}/".startswith(prefix))
+        assert getattr(annas, kind) in mine, path
+        assert getattr(bens, kind) in theirs, path
+        assert not mine & theirs, path
         assert everyones == mine | theirs, path
 
 
-def test_what_a_query_or_a_body_names_is_looked_for_among_ones_own(api: Api, core: Core, annas: Belongings) -> None:
-    bens = add_dataset(core, "ben")
-    assert api.ben.get("/v1/leaderboard", params={"dataset_id": annas.dataset}).status_code == 404
-    answer = api.ben.get(f"/v1/datasets/{bens}/captions", params={"caption_job_id": annas.caption_job})
-    assert answer.status_code == 404
-    for path, body in {
-        "/v1/caption_jobs": {"dataset_id": annas.dataset},
-        "/v1/caption_jobs/preview": {"dataset_id": annas.dataset, "live": True},
-        "/v1/fine_tuning/jobs": {"dataset_id": annas.dataset, "method": {"type": "zero_shot"}},
-        "/v1/fine_tuning/groups": {"dataset_id": annas.dataset, "methods": [{"type": "zero_shot"}]},
-        "/v1/evaluations": {"classifier_id": annas.classifier},
-    }.items():
-        assert api.ben.post(path, json=body).status_code == 404, path
-    for body in ({}, {"caption_ids": [annas.caption]}):
-        redo = {"dataset_id": bens, "redo": {"caption_job_id": annas.caption_job, **body}}
-        assert api.ben.post("/v1/caption_jobs", json=redo).status_code == 404
-        assert api.ben.post("/v1/caption_jobs/preview", json=redo).status_code == 404
-    for name, theirs in {"image_id": annas.image, "q": "coat", "class_name": "cat"}.items():
-        assert api.ben.get(f"/v1/datasets/{bens}/captions", params={name: theirs}).json()["data"] == []
-    body = {"dataset_id": bens, "caption_job_id": annas.caption_job, "method": {"type": "mmft"}}
-    assert api.ben.post("/v1/fine_tuning/jobs", json=body).status_code == 404
-    many = {"dataset_id": bens, "caption_job_ids": [annas.caption_job]}
-    assert api.ben.post("/v1/fine_tuning/groups", json=many).status_code == 404
-    for path in ("/v1/caption_jobs", "/v1/fine_tuning/jobs", "/v1/evaluations"):
-        assert api.ben.get(path).json()["data"] == []
-        assert api.ben.get(path, params={"dataset_id": annas.dataset}).json()["data"] == []
+def test_anothers_idempotency_key_is_as_good_as_new(http: dict[str, httpx.Client], annas: Things, bens: Things) -> None:
+    used = {"Idempotency-Key": annas.idempotency_key}
+    answer = http["ben"].post("/v1/caption_jobs", json={"dataset_id": bens.dataset}, headers=used)
+    assert answer.status_code == 202, answer.text
+    again = http["ben"].post("/v1/caption_jobs", json={"dataset_id": bens.dataset}, headers=used)
+    assert again.json()["id"] == answer.json()["id"]
+    mine = http["anna"].post("/v1/caption_jobs", json={"dataset_id": annas.dataset}, headers=used)
+    assert mine.status_code == 202
+    assert mine.json()["id"] != answer.json()["id"]
 
 
-def test_what_an_admin_starts_belongs_to_the_owner_of_the_data(api: Api, core: Core, annas: Belongings) -> None:
+def test_the_same_name_and_the_same_bytes_may_be_uploaded_by_both(http: dict[str, httpx.Client], core: Core) -> None:
+    """No name, hash or path is unique across owners, so a conflict tells nothing."""
+    packed, form = archive(), {"name": "pets", "domain": "pets"}
+    answers = [
+        http[who].post("/v1/datasets", data=form, files={"file": ("a.zip", packed)}) for who in ("anna", "ben", "ben")
+    ]
+    assert [answer.status_code for answer in answers] == [202] * 3
+    assert len({answer.json()["id"] for answer in answers}) == 3
+
+
+# -- what an admin does for others -------------------------------------------------------------------------------------
+
+
+def test_what_an_admin_starts_belongs_to_the_owner_of_the_data(api: Api, core: Core, annas: Things) -> None:
     made = [
         api.admin.post("/v1/caption_jobs", json={"dataset_id": annas.dataset}),
         api.admin.post("/v1/evaluations", json={"classifier_id": annas.classifier, "split": "train"}),
@@ -174,3 +306,14 @@ def test_what_an_admin_starts_belongs_to_the_owner_of_the_data(api: Api, core: C
     for answer in made:
         assert answer.status_code == 202, answer.text
         assert read_job(core, answer.json()["id"]).owner == "anna"
+
+
+def test_an_admin_mixes_no_owners_things(api: Api, annas: Things, bens: Things) -> None:
+    """The evaluation would show one owner the pictures' paths and the classes of the other's data."""
+    for body in (
+        {"classifier_id": bens.classifier, "dataset_id": annas.dataset},
+        {"classifier_id": bens.classifier, "held_aside_dataset_id": annas.dataset},
+        {"model": "starter", "dataset_id": bens.dataset, "held_aside_dataset_id": annas.dataset},
+    ):
+        answer = api.admin.post("/v1/evaluations", json=body)
+        assert (answer.status_code, answer.json()["code"]) == (422, "owners_differ"), answer.text

@@ -10,8 +10,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from rq import Queue
-from rq.serializers import JSONSerializer
+from redis import ConnectionError as RedisConnectionError
+from rq.exceptions import StopRequested
+from rq.worker.base import WorkerStatus
 from sqlalchemy import create_engine, select
 from sqlalchemy.orm import Session
 
@@ -21,6 +22,7 @@ from shared.errors import InvalidInput, TooBusy, Unavailable
 from shared.jobs import Cancelled, HandedBack, Paused, ledger, worker
 from shared.jobs.claim import Claim
 from shared.jobs.worker import Runner, Task
+from shared.queue import connect
 from tests.integration.factories import (
     LONG_AGO,
     add_dataset,
@@ -31,6 +33,7 @@ from tests.integration.factories import (
     read_job,
     types_of,
 )
+from tests.integration.support import DEAD_REDIS
 
 SetTask = Callable[[Task], None]
 
@@ -302,13 +305,7 @@ def test_a_job_given_back_by_its_own_run_is_delivered_again(
 
     set_task(task)
     job_id = add_job(core)
-    job_class = worker._job_class(runner)
-    queue = Queue("caption", connection=core.queue.redis, serializer=JSONSerializer, job_class=job_class)
-    rq_worker = worker._Worker(
-        [queue], connection=core.queue.redis, serializer=JSONSerializer, job_class=job_class, log_job_description=False
-    )
-    rq_worker.runner = runner
-    rq_worker.work(burst=True, logging_level="WARNING")
+    worker.listen(runner, core.settings.redis_url.get_secret_value(), burst=True)
     job = read_job(core, job_id)
     assert (job.status, job.attempt) == ("succeeded", 2)
 
@@ -354,3 +351,68 @@ def test_a_report_that_cannot_be_written_does_not_end_the_work(
     runner.run(job_id)
     assert read_job(core, job_id).status == "succeeded"
     assert "note" not in types_of(core, job_id)
+
+
+def test_an_end_that_cannot_be_written_is_left_to_the_reconciler(
+    core: Core, runner: Runner, set_task: SetTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def task(claim: Claim) -> Any:
+        monkeypatch.setattr(core.db, "engine", create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none"))
+        raise Unavailable("the captioner does not answer.")
+
+    set_task(task)
+    job_id = add_job(core)
+    runner.run(job_id)  # raises nothing: RQ would keep the traceback, and call the job failed
+    monkeypatch.undo()
+    job = read_job(core, job_id)
+    assert (job.status, job.failures) == ("running", 0)
+    assert job.lease_until is not None
+
+
+def test_the_operator_says_how_long_a_retry_waits(core: Core, set_task: SetTask) -> None:
+    patient = Core(core.settings.model_copy(update={"retry_seconds": 100.0}), core.db, core.queue, core.store)
+    set_task(raising(Unavailable("the captioner does not answer.")))
+    job_id = add_job(core)
+    Runner(patient, "caption", "test").run(job_id)
+    assert 99 < seconds_until_due(read_job(core, job_id)) <= 100
+
+
+def test_an_error_may_ask_for_patience_within_bounds(core: Core, runner: Runner, set_task: SetTask) -> None:
+    set_task(raising(Unavailable("the disk is full.", retry_after=3600)))
+    job_id = add_job(core)
+    runner.run(job_id)
+    assert 59 < seconds_until_due(read_job(core, job_id)) <= 60
+
+
+def test_a_worker_outlives_redis_and_keeps_what_it_has_loaded(
+    core: Core, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = core.settings
+    monkeypatch.setenv("DATABASE_URL", settings.database_url.get_secret_value())
+    monkeypatch.setenv("REDIS_URL", settings.redis_url.get_secret_value())
+    monkeypatch.setenv("STORAGE_URL", settings.storage_url)
+    monkeypatch.setattr(worker, "RECONNECT_SECONDS", 0.01)
+    monkeypatch.setattr(worker, "configure", lambda level: None)
+    steps: list[str] = []
+    monkeypatch.setattr(worker, "load_task", lambda kind: steps.append(f"load {kind}"))
+
+    def listen(runner: Runner, redis_url: str) -> None:
+        steps.append("listen")
+        if len(steps) < 4:
+            raise RedisConnectionError("gone")
+        runner.stopping.set()  # SIGTERM
+
+    monkeypatch.setattr(worker, "listen", listen)
+    worker.main("ingest")
+    assert steps == ["load ingest", "listen", "listen", "listen"]
+
+
+def test_a_stop_signal_asks_redis_nothing() -> None:
+    """Its handler runs in the middle of a job; an error of Redis would be raised there."""
+    deaf = worker._Worker(["caption"], connection=connect(DEAD_REDIS), prepare_for_work=False)
+    deaf._state = WorkerStatus.BUSY
+    deaf._shutdown()
+    assert deaf._stop_requested
+    deaf._state = WorkerStatus.IDLE
+    with pytest.raises(StopRequested):
+        deaf._shutdown()

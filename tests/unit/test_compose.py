@@ -21,7 +21,7 @@ from pydantic_settings import BaseSettings
 from services.captioner.settings import CaptionerSettings, CaptionWorkerSettings
 from services.trainer.settings import TrainerSettings
 from shared import health
-from shared.config import CoreSettings
+from shared.collector import CollectorSettings
 from shared.queue import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,8 +30,15 @@ COMPOSE = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name: service for name, service in SERVICES.items() if "build" in service}
 APIS = {"captioner", "trainer", "evaluator"}
-SETTINGS: tuple[type[BaseSettings], ...] = (CoreSettings, CaptionerSettings, CaptionWorkerSettings, TrainerSettings)
-FOREIGN = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "HF_TOKEN"}  # read by libraries we use
+SETTINGS: tuple[type[BaseSettings], ...] = (
+    CollectorSettings,
+    CaptionerSettings,
+    CaptionWorkerSettings,
+    TrainerSettings,
+)
+FOREIGN = {  # read by libraries we use
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "HF_TOKEN", "FORWARDED_ALLOW_IPS")
+}
 
 
 class OverrideLoader(yaml.SafeLoader):
@@ -84,7 +91,7 @@ def test_the_file_follows_the_compose_specification(document: dict[str, Any]) ->
 
 def test_every_process_of_the_design_is_there() -> None:
     assert set(SERVICES) == APIS | {
-        *("postgres", "redis", "migrate", "gateway", "reconciler"),
+        *("postgres", "redis", "migrate", "gateway", "reconciler", "collector"),
         *("ingest-worker", "caption-worker", "trainer-worker", "evaluator-worker"),
     }
     assert set(OVERRIDE["services"]) <= set(SERVICES)
@@ -98,21 +105,11 @@ def test_every_queue_has_a_worker_and_every_worker_a_queue() -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_the_command_names_code_that_exists(name: str) -> None:
     match OURS[name]["command"]:
-        case [
-            "uvicorn",
-            "--factory",
-            target,
-            "--host",
-            "0.0.0.0",
-            "--port",
-            "8000",
-            "--timeout-graceful-shutdown",
-            "20",
-        ]:
+        case ["python", "-m", "shared.serve", target, "--host", "0.0.0.0", "--grace", "20"]:
             module, _, factory = target.partition(":")
             found = [n for n in tree(module).body if isinstance(n, ast.FunctionDef) and n.name == factory]
             assert len(found) == 1
-            assert not found[0].args.args, "uvicorn calls a factory without arguments"
+            assert not found[0].args.args, "it is called without arguments"
             assert module == f"services.{name}.app"
             assert seconds(OURS[name]["stop_grace_period"]) > 20
         case ["python", "-m", module, *_]:
@@ -196,7 +193,7 @@ def test_every_process_runs_without_privileges_and_has_time_to_stop(name: str) -
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert service["restart"] == ("no" if name == "migrate" else "unless-stopped")
     assert re.fullmatch(r"\d+[sm]", service["stop_grace_period"])
-    if not name.endswith("worker") and name not in ("migrate", "reconciler"):
+    if not name.endswith("worker") and name not in ("migrate", "reconciler", "collector"):
         assert "test" in service["healthcheck"]
 
 

@@ -15,6 +15,7 @@ import httpx
 
 from services.captioner.captioning.slots import Slots
 from services.captioner.settings import CaptionWorkerSettings
+from shared import tracing
 from shared.errors import CaptuneError, InvalidInput, Unavailable
 
 REFUSALS = (400, 413, 422)  # of this very request; any other failure says something of the server
@@ -72,6 +73,7 @@ class Captioner:
     def __init__(self, settings: CaptionWorkerSettings, patience: float = 120.0) -> None:
         self._base = settings.captioner_url.rstrip("/") + "/v1"
         self._headers = {
+            **tracing.outgoing(),
             "Authorization": f"Bearer {settings.service_token.get_secret_value()}",
             "Content-Type": "application/json",
         }

@@ -36,7 +36,7 @@ _REPLACE = text(
         flags = EXCLUDED.flags, provenance = EXCLUDED.provenance, version = captions.version + 1,
         original_text = NULL, edited_by = NULL, excluded = EXCLUDED.excluded
     RETURNING id
-    """
+    """  # nosec B608 # constants
 )
 # In one order, the same as of the passes over a job's captions, so that none locks another out.
 _HOLD = text("""

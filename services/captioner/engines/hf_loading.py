@@ -215,7 +215,7 @@ def _model(
     if precision == "int8":  # says at every layer of every step that it computes in fp16, as int8 kernels do
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(  # nosec B615 # of a folder, local_files_only
             folder,
             dtype=dtype,
             device_map={"": device},

@@ -4,17 +4,17 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from fastapi import APIRouter, File, Form, Query, Response, UploadFile
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from services.captioner.placing import dataset_fingerprint
 from shared.auth import Reader, Writer
 from shared.datasets import classes
 from shared.datasets.archive import sniff
-from shared.datasets.checks import fingerprint
-from shared.datasets.classes import Split
+from shared.datasets.images import MEDIA_TYPES
 from shared.datasets.lookup import display_names, get_dataset, usable_dataset
 from shared.datasets.report import listed
 from shared.db.models import FINAL, Dataset, Image, Job
@@ -24,6 +24,7 @@ from shared.jobs import ledger
 from shared.jobs.routes import SubmissionDep, job_routes
 from shared.leaderboard_version import bump
 from shared.paging import page
+from shared.references import keep
 from shared.schemas import common
 from shared.schemas import datasets as schema
 from shared.templates import display_name
@@ -71,6 +72,7 @@ def create_dataset(
         ledger.create(session, id=dataset_id, kind="ingest", owner=owner, request=fields, dataset_id=dataset_id)
         session.add(Dataset(id=dataset_id, owner=owner, archive_key=archive_key, **fields))
         session.flush()
+        keep(session, submission.core.store, [archive_key])
         return dataset_id
 
     return submission.accept(json.dumps(fields, sort_keys=True), create, render_dataset)
@@ -127,13 +129,12 @@ def _renamed(names: Mapping[str, str], changes: Mapping[str, str]) -> dict[str, 
 
 def _fingerprint(session: Session, id: str, names: Mapping[str, str]) -> str:
     given = {folder: folder if name == display_name(folder) else f"{folder}\0{name}" for folder, name in names.items()}
-    query = select(Image.path, Image.sha256, Image.class_name, Image.split).where(Image.dataset_id == id)
-    rows = session.execute(query.execution_options(yield_per=10_000))
-    return fingerprint((path, sha256, given[folder], cast(Split, split)) for path, sha256, folder, split in rows)
+    return dataset_fingerprint(session, id, given)
 
 
 def _refuse_in_use(session: Session, id: str) -> None:
-    busy = session.scalars(select(Job.id).where(Job.dataset_id == id, Job.status.not_in(FINAL)).limit(5)).all()
+    reads = (Job.dataset_id == id) | (Job.request["held_aside_dataset_id"].astext == id)  # the latter: an evaluation
+    busy = session.scalars(select(Job.id).where(reads, Job.status.not_in(FINAL)).limit(5)).all()
     if busy:
         raise Conflict(
             f"{id} is in use by {', '.join(busy)}; cancel these jobs or wait for them", code="in_use", param="id"
@@ -179,15 +180,19 @@ def list_images(
     return common.Page.of(data, more)
 
 
-@router.get("/images/{id}/content", response_class=Response, summary="An image's bytes, as uploaded")
+@router.get(
+    "/images/{id}/content",
+    response_class=Response,
+    summary="An image's bytes, as uploaded",
+    responses={200: {"content": {media_type: {} for media_type in MEDIA_TYPES}}},
+)
 def image_content(id: str, core: CoreDep, who: Reader) -> Response:
     with core.transaction() as session:
         row = session.scalar(select(Image).where(Image.id == id, who.sees(Image.owner)))
     if row is None:
         raise NotFound(f"there is no image '{id}' among yours", param="id")
     headers = {
-        "X-Content-Type-Options": "nosniff",
-        "Content-Security-Policy": "default-src 'none'; sandbox",
+        "Content-Disposition": f'inline; filename="{row.id}.{row.media_type.rpartition("/")[2]}"',
         "Cache-Control": "private, max-age=31536000, immutable",
         "ETag": f'"{row.sha256}"',
     }

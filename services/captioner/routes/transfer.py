@@ -19,6 +19,7 @@ from shared.db.models import Dataset
 from shared.ids import new_id
 from shared.jobs import ledger
 from shared.jobs.routes import SubmissionDep, get_job
+from shared.references import keep
 from shared.schemas import captions as schema
 from shared.web import CoreDep, accepted
 
@@ -80,6 +81,7 @@ def import_captions(
             request=request.model_dump(),
             dataset_id=dataset.id,
         )
+        keep(session, submission.core.store, [request.upload_key])
         return job_id
 
     job = submission.accept(json.dumps(fields, sort_keys=True), create, render_caption_job)

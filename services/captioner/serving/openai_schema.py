@@ -8,12 +8,14 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
 from services.captioner.engines.base import FinishReason
+from shared.datasets.report import printable
 from shared.errors import CaptuneError
+from shared.problems import headers_of, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ class ChatRequest(_Strict):
     """What is not listed here is refused rather than ignored, as it could change the answer."""
 
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1, max_length=1_000)
     max_tokens: int | None = Field(None, ge=1, le=4096)
     max_completion_tokens: int | None = Field(None, ge=1, le=4096)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -69,9 +71,8 @@ class ChatRequest(_Strict):
         None, ge=1, le=16, description="Samples. Where a seed is given, it is counted up by one each."
     )
     stop: Annotated[
-        list[_StopWord] | None,
+        Annotated[list[_StopWord], Field(max_length=_MOST_STOPS)] | None,
         BeforeValidator(_listed),
-        Field(max_length=_MOST_STOPS),
         WithJsonSchema(
             {
                 "anyOf": [
@@ -209,8 +210,7 @@ class OpenAIRoute(APIRoute):
             try:
                 return await handle(request)
             except CaptuneError as error:
-                headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-                return error_response(error.status, error.message, error.code, error.param, headers)
+                return error_response(error.status, error.message, error.code, error.param, headers_of(error))
             except RequestValidationError as error:
                 return _validation_response(error)
             except HTTPException as error:
@@ -233,7 +233,7 @@ def error_response(
     status = 400 if status == 422 else status
     kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
     kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
-    body = ErrorResponse(error=ErrorDetail(message=message, type=kind, param=param, code=code))
+    body = ErrorResponse(error=ErrorDetail(message=shortened(message), type=kind, param=param, code=code))
     return JSONResponse(body.model_dump(), status, headers)
 
 
@@ -249,7 +249,7 @@ def _validation_response(error: RequestValidationError) -> JSONResponse:
         for before, step in zip((None, *loc), loc, strict=False)
         if step != "body" and "[" not in str(step) and not (isinstance(before, int) and step in ("text", "image_url"))
     ]
-    param = ".".join(path) or None
+    param = printable(".".join(path)) or None
     if worst["type"] == "extra_forbidden":
         return error_response(
             400, f"Parameter {param!r} is not supported here; leave it out.", "unsupported_parameter", param

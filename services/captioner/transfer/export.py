@@ -14,6 +14,7 @@ from services.captioner.transfer.matching import stem
 from shared.core import Core
 from shared.db.models import Caption, CaptionJobItem, Image
 from shared.schemas.captions import EXCLUDED_BY_DEFAULT, TransferFormat
+from shared.spreadsheet import defused
 
 Include = Literal["all", "usable"]
 PAGE: Final = 500  # images per page
@@ -88,7 +89,8 @@ def as_jsonl(images: Iterable[Exported]) -> Iterator[bytes]:
 
 
 def as_csv(images: Iterable[Exported]) -> Iterator[bytes]:
-    """Several flags of a caption stand in one cell, spaces between them."""
+    """Several flags of a caption stand in one cell, spaces between them. What a spreadsheet would take for a formula
+    stands behind a single quote, which an import takes away again."""
     yield _csv([COLUMNS])
     for image in images:
         yield _csv(
@@ -131,7 +133,7 @@ def _dump(value: Any) -> str:
 
 def _csv(rows: Iterable[Iterable[str]]) -> bytes:
     out = io.StringIO()
-    csv.writer(out).writerows(rows)
+    csv.writer(out).writerows(map(defused, row) for row in rows)
     return out.getvalue().encode()
 
 

@@ -17,6 +17,7 @@ from shared.datasets.limits import MIB, BadArchive, Limits
 from shared.datasets.report import listed
 from shared.errors import InvalidInput
 from shared.schemas.captions import TransferFormat
+from shared.spreadsheet import restored
 
 IMPORTED: Final = "imported"  # the characteristic of a caption that came without one
 MAX_CAPTION: Final = 4_000  # characters
@@ -156,7 +157,7 @@ def _csv(file: BinaryIO) -> Found:
             message = f"{len(values)} values for {len(columns)} columns. Quote values that contain commas."
             yield Refused(where, "wrong_width", message)
         else:
-            row = dict(zip(columns, values, strict=True))
+            row = dict(zip(columns, map(restored, values), strict=True))
             cell = row.get("excluded", "").strip().lower()
             marks = {"characteristic": row.get("characteristic"), "excluded": _CELLS.get(cell, cell)}
             yield _entry(where, row["name"], row["text"], marks)

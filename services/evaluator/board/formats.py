@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Iterator
 
 from shared.schemas.evaluations import Leaderboard, LeaderboardRow
+from shared.spreadsheet import defused
 
-FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # the wide ones, too: spreadsheets read them alike
 _LATEX = {
     **{"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_"},
     **{"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}"},
@@ -33,9 +33,7 @@ def to_csv(board: Leaderboard) -> str:
 def _cell(value: object) -> object:
     if isinstance(value, (dict, list)):
         return json.dumps(value, sort_keys=True)
-    if isinstance(value, str) and value.startswith(FORMULA):
-        return "'" + value
-    return value
+    return defused(value) if isinstance(value, str) else value
 
 
 def to_markdown(board: Leaderboard) -> str:

@@ -29,7 +29,7 @@ _SCORED_AS = "coalesce(e.data_fingerprint, c.data_fingerprint)"  # scores older 
 _CHANGED = f"{_SCORES} LEFT JOIN evaluations e ON {_OF_RUN} AND e.data_fingerprint <> :fingerprint"
 _CHANGED_AS = f"""CASE WHEN e.id IS NOT NULL THEN e.data_fingerprint
     WHEN c.data_fingerprint = :fingerprint OR EXISTS (SELECT FROM evaluations e WHERE {_OF_RUN}) THEN :fingerprint
-    ELSE c.data_fingerprint END"""
+    ELSE c.data_fingerprint END"""  # nosec B608 # constants
 
 
 def _row_id(scored_as: str) -> str:
@@ -184,7 +184,8 @@ def _statement(query: str, who: Principal, conditions: list[str]) -> TextClause:
     """Pinned rows pass every filter, whole."""
     visible = "true" if "admin" in who.scopes else "c.owner = :owner"
     pinned = f"""(c.setting, c.dataset_id, c.data_fingerprint) IN
-        (SELECT c.setting, c.dataset_id, c.data_fingerprint FROM classifiers c WHERE c.pinned AND {visible})"""
+        (SELECT c.setting, c.dataset_id, c.data_fingerprint FROM classifiers c
+        WHERE c.pinned AND {visible})"""  # nosec B608 # constants
     wanted = f"({' AND '.join(conditions)} OR {pinned})" if conditions else "true"
     parts = {
         **{"row": _row_id(_SCORED_AS), "scored_as": _SCORED_AS, "joins": _JOINS},

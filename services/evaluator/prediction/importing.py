@@ -3,6 +3,7 @@ run: names are compared with those a classifier has, weights are safetensors, an
 code nor anything to be fetched."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from shared.local_dir import CONFIG, TEXT_CONFIG, TOKENIZER_FILES, WEIGHTS
 
 _README = "README.md"  # every download gets one anew
 _NAMES = {CARD, HEAD, CHANGED, CONFIG, WEIGHTS, _README, *TOKENIZER_FILES}
+_CODE = frozenset({"auto_map", "custom_pipelines", "trust_remote_code"})
+_ATTENTION = frozenset({"attn_implementation", "_attn_implementation"})
 _MAX_FILES = 100
 _MAX_JSON = 64 * 2**20  # bytes: a large tokenizer has 20 MB
 _MAX_RATIO = 20.0  # unpacked over packed; weights hardly shrink
@@ -53,8 +56,21 @@ def _refuse_what_reaches_out(directory: Path) -> None:
         if text.get(key) and not (directory / file).is_file():
             raise _bad(f"{CONFIG} names '{text[key]}' as its {key}, but {file} is not in the archive")
     for name in (TEXT_CONFIG, "tokenizer_config.json"):
-        if (directory / name).is_file() and "auto_map" in _object(directory / name):
-            raise _bad(f"{name} asks for code of its own ('auto_map'), which is never run")
+        if (directory / name).is_file() and (asked := next(_asks_for_code(_object(directory / name)), None)):
+            raise _bad(f"{name} asks for code of its own ('{asked}'), which is never run")
+
+
+def _asks_for_code(config: Any) -> Iterator[str]:
+    """Names under which a config of transformers, or one inside it, can name code: modules, or kernels of a hub."""
+    inner = [config]
+    while inner:
+        value = inner.pop()
+        if isinstance(value, dict):
+            yield from _CODE.intersection(value)
+            yield from (key for key, name in value.items() if key in _ATTENTION and "/" in str(name))
+            inner.extend(value.values())
+        elif isinstance(value, list):
+            inner.extend(value)
 
 
 def _object(path: Path) -> dict[str, Any]:

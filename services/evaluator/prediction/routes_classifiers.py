@@ -31,6 +31,7 @@ from shared.errors import NotFound
 from shared.ids import new_id
 from shared.jobs.routes import SubmissionDep
 from shared.leaderboard_version import bump
+from shared.references import keep
 from shared.schemas import evaluations as schema
 from shared.schemas import fine_tuning
 from shared.settings_key import setting_of
@@ -174,6 +175,7 @@ def import_classifier(
             session.add(_row(id, dataset.owner, dataset_id, name, card, key))
             bump(session, dataset_id)
             session.flush()
+            keep(session, core.store, [key])
             return id
 
         asked = json.dumps({"dataset_id": dataset_id, "name": name, "sha256": digest})

@@ -5,7 +5,7 @@ from sqlalchemy.orm import Session
 
 from shared.auth import Principal
 from shared.datasets.lookup import usable_dataset
-from shared.db.models import Classifier
+from shared.db.models import Classifier, Dataset
 from shared.errors import Conflict, InvalidInput, NotFound
 from shared.ids import new_id
 from shared.jobs import ledger
@@ -28,8 +28,10 @@ def submit(session: Session, who: Principal, body: EvaluationRequest) -> str:
         dataset_id, owner = dataset_id or classifier.dataset_id, classifier.owner
     assert dataset_id is not None  # the schema asks for one beside a model
     dataset = usable_dataset(session, who, dataset_id, lock=True)
+    _check_owner(owner or dataset.owner, dataset, "dataset_id")
     if body.held_aside_dataset_id is not None:
-        _check_held_aside(session, who, body.held_aside_dataset_id, dataset.id)
+        aside = _held_aside(session, who, body.held_aside_dataset_id, dataset.id)
+        _check_owner(dataset.owner, aside, "held_aside_dataset_id")
     if body.caption_job_id is not None:
         _check_captions(session, who, body.caption_job_id, dataset.id, body.split)
     # A bare model has no head but the zero-shot one, which is its own.
@@ -46,7 +48,17 @@ def submit(session: Session, who: Principal, body: EvaluationRequest) -> str:
     return job.id
 
 
-def _check_held_aside(session: Session, who: Principal, id: str, scored: str) -> None:
+def _check_owner(owner: str, dataset: Dataset, param: str) -> None:
+    """An admin sees both; the owner of the job, which shows the data set's images and classes, must see it too."""
+    if dataset.owner != owner:
+        raise InvalidInput(
+            f"{dataset.id} is of {dataset.owner}, and {owner} would see it in the evaluation; name one of {owner}",
+            code="owners_differ",
+            param=param,
+        )
+
+
+def _held_aside(session: Session, who: Principal, id: str, scored: str) -> Dataset:
     if id == scored:
         raise InvalidInput(
             "what was forgotten shows on other data than the classifier is scored on; name another data set",
@@ -54,7 +66,7 @@ def _check_held_aside(session: Session, who: Principal, id: str, scored: str) ->
             param="held_aside_dataset_id",
         )
     try:
-        usable_dataset(session, who, id, lock=True)
+        return usable_dataset(session, who, id, lock=True)
     except (NotFound, Conflict) as error:
         error.param = "held_aside_dataset_id"
         raise

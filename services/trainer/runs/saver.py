@@ -4,7 +4,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from sqlalchemy import select
 
 from services.trainer.training.reports import EpochReport, StepReport
 from shared.db.models import Checkpoint
-from shared.errors import InvalidInput
+from shared.errors import InvalidInput, NotFound
 from shared.ids import new_id
 from shared.jobs import HandedBack, Paused, ledger
 from shared.jobs.claim import Claim
@@ -44,13 +44,21 @@ class Saver:
         if row is None:
             yield None
             return
-        self.seconds_before, self.first_step = float(row.metrics["seconds"]), row.step
-        self.claim.event("training.resumed", f"going on from step {row.step}", {"step": row.step, "epoch": row.epoch})
-        with self.claim.core.store.local_folder(row.storage_key) as folder:
+        with ExitStack() as opened:
+            try:
+                folder = opened.enter_context(self.claim.core.store.local_folder(row.storage_key))
+            except NotFound as gone:
+                self.begin_anew(gone)
+                yield None
+                return
+            self.seconds_before, self.first_step = float(row.metrics["seconds"]), row.step
+            data = {"step": row.step, "epoch": row.epoch}
+            self.claim.event("training.resumed", f"going on from step {row.step}", data)
             yield folder
 
-    def begin_anew(self, reason: InvalidInput) -> None:
-        """The saved state is of no use: captions or class names were edited since, or the file is damaged."""
+    def begin_anew(self, reason: InvalidInput | NotFound) -> None:
+        """The saved state is of no use: captions or class names were edited since, or the file is damaged or gone (the
+        store was restored from a copy of another moment than the database)."""
         self.seconds_before, self.first_step = 0.0, 0
         message = (
             "training begins anew: its saved state is of other captions, class names or weights than there are now"

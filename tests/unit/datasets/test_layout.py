@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.datasets import layout
 from shared.datasets.layout import Plan, plan
 from shared.datasets.report import Report
 from shared.errors import InvalidInput
@@ -101,6 +102,14 @@ def test_empty_class_folders_are_known() -> None:
     assert result.classes == ["cat", "dog", "emu"]
     split, _ = planned("train/cat/1.jpg", "test/cat/1.jpg", directories=("train", "train/emu", "junk/owl"))
     assert split.classes == ["cat", "emu"]
+
+
+def test_absurdly_many_classes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "MAX_CLASSES", 3)
+    assert len(planned(*[f"class {n % 3}/{n}.jpg" for n in range(9)])[0].classes) == 3
+    assert error(*[f"class {n}/1.jpg" for n in range(4)]) == "too_many_classes"
+    rows = "".join(f"{n}.jpg,class {n}\n" for n in range(4))
+    assert error(*[f"{n}.jpg" for n in range(4)], csv=f"file_name,label\n{rows}") == "too_many_classes"
 
 
 def test_nothing_to_find() -> None:
