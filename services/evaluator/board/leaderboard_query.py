@@ -56,12 +56,12 @@ _FILTERS = {
 _QUERY = """
 WITH per_seed AS (  -- a run repeated with the same seeds is not one more observation
     SELECT {row_of_all} AS row_id, (CAST(c.seed AS bigint) << 31) | c.shot_seed AS seeds, avg(s.value) AS value,
-           any_value(c.protocol) AS protocol
+           min(c.protocol) AS protocol
     FROM classifiers c {changed}
     WHERE {visible} AND {wanted}
     GROUP BY 1, 2
 ), settings AS (
-    SELECT row_id, any_value(protocol) AS protocol, row_id LIKE '%.was-%' AS data_changed,
+    SELECT row_id, min(protocol) AS protocol, row_id LIKE '%.was-%' AS data_changed,
            avg(value) AS mean, stddev_samp(value) / sqrt(count(*)) AS stderr, count(*) AS n
     FROM per_seed GROUP BY row_id
 ), protocols AS (
