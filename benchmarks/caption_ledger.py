@@ -39,7 +39,7 @@ from shared.jobs import worker as job_worker
 from shared.jobs.claim import Claim
 from shared.jobs.worker import Finish, Runner
 from shared.schemas.captions import CaptionJobRequest
-from shared.storage import Store
+from shared.store.storage import Store
 
 CLASSES, BLOBS, TARGET = 100, 8, 3000
 SETTINGS = CaptionWorkerSettings(captioner_url="null", service_token="null")

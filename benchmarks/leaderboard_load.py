@@ -111,7 +111,7 @@ def api(settings: CoreSettings, log: Path) -> Iterator[tuple[str, int]]:
         "REDIS_URL": settings.redis_url.get_secret_value(),
         "STORAGE_URL": settings.storage_url,
     }
-    command = [sys.executable, "-m", "shared.serve", "services.evaluator.app:create_app", "--port", str(port)]
+    command = [sys.executable, "-m", "shared.web.serve", "services.evaluator.app:create_app", "--port", str(port)]
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
     url = f"http://127.0.0.1:{port}"

@@ -54,9 +54,9 @@ def demo(args: argparse.Namespace) -> int:
 
 def collect(args: argparse.Namespace) -> int:
     from services.embedded.access import reach
-    from shared.collector import CollectorSettings, Retention
-    from shared.collector import collect as run
     from shared.db.migrate import migrate
+    from shared.store.collector import CollectorSettings, Retention
+    from shared.store.collector import collect as run
 
     def work() -> None:
         with reach(args.state_dir or default_state_dir()) as core:

@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 from shared.config import CoreSettings
 from shared.db.session import PING_SECONDS, WORKER_ANSWER_SECONDS, Database
 from shared.queue import JobQueue, connect
-from shared.references import may_delete
-from shared.storage import Store
+from shared.store.references import may_delete
+from shared.store.storage import Store
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from shared.db.models import Image
 from shared.pixels import load_pixels, pixel_space
 from shared.projection import last_projection
 from shared.row_cache import RowCache
-from shared.storage import Store
+from shared.store.storage import Store
 
 _IMAGES = 64  # decoded, encoded and written at a time
 _TEXTS = 4096

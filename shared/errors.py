@@ -1,5 +1,6 @@
 """Errors that carry their HTTP status. Anything a user can cause is one of these; one handler turns them into RFC 9457
-`application/problem+json` (shared/problems.py), and a worker keeps them as a job's `error {code, message, param}`."""
+`application/problem+json` (shared/web/problems.py), and a worker keeps them as a job's `error {code, message, param}`.
+"""
 
 import errno
 

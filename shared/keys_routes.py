@@ -7,14 +7,14 @@ from fastapi import APIRouter
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shared import idempotency
 from shared.auth import Admin, create_key, revoke_key
 from shared.db.models import ApiKey
 from shared.errors import Conflict
-from shared.paging import page
 from shared.schemas import common
 from shared.schemas import keys as schema
-from shared.web import After, CoreDep, IdempotencyKey, Limit
+from shared.web import idempotency
+from shared.web.api import After, CoreDep, IdempotencyKey, Limit
+from shared.web.paging import page
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"])
 

@@ -13,7 +13,7 @@ from shared.clip import LoadedClip, preprocess_uint8
 from shared.datasets.images import decode
 from shared.db.models import Image
 from shared.row_cache import RowCache
-from shared.storage import Store
+from shared.store.storage import Store
 
 CHUNK = 64  # images between two reports, and in one write to the cache
 IN_MEMORY_BYTES = 4 * 2**30  # of one split; more is read from the cache batch by batch

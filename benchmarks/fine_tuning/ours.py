@@ -21,7 +21,7 @@ from shared.embedder import Embedder
 from shared.head import Head
 from shared.pixels import load_pixels
 from shared.row_cache import RowCache
-from shared.storage import Store
+from shared.store.storage import Store
 
 
 class Ours:

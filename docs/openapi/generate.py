@@ -11,7 +11,7 @@ from services.evaluator import app as evaluator
 from services.trainer import app as trainer
 from shared.config import CoreSettings
 from shared.core import Core
-from shared.web import create_api
+from shared.web.api import create_api
 
 HERE = Path(__file__).resolve().parent
 SERVICES = {"captioner": captioner.ROUTERS, "trainer": trainer.ROUTERS, "evaluator": evaluator.ROUTERS}

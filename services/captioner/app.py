@@ -1,4 +1,4 @@
-"""The captioner's API process: `python -m shared.serve services.captioner.app:create_app`."""
+"""The captioner's API process: `python -m shared.web.serve services.captioner.app:create_app`."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -16,9 +16,9 @@ from shared import tracing
 from shared.config import CoreSettings
 from shared.core import Core
 from shared.cpu import share_cores
-from shared.health import NotReady
 from shared.logging import configure
-from shared.web import create_api, settled
+from shared.web.api import create_api, settled
+from shared.web.health import NotReady
 
 ROUTERS = (routes.router, chat.router)
 

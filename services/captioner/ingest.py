@@ -25,7 +25,7 @@ from shared.errors import InvalidInput
 from shared.ids import new_id
 from shared.jobs.claim import Claim
 from shared.jobs.worker import Finish
-from shared.references import keep
+from shared.store.references import keep
 from shared.templates import display_name
 
 CHUNK: Final = 500  # images per commit

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from services.embedded import cluster
 from services.embedded.servers import start_postgres
-from shared.collector import CollectorSettings
 from shared.core import Core
 from shared.errors import Conflict, NotFound
+from shared.store.collector import CollectorSettings
 
 
 @contextmanager

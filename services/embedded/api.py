@@ -1,4 +1,4 @@
-"""Every service's API in one process: `python -m shared.serve services.embedded.api:create_app`.
+"""Every service's API in one process: `python -m shared.web.serve services.embedded.api:create_app`.
 
 The same routers as in the services' own processes, in one application with one OpenAPI document."""
 
@@ -12,7 +12,7 @@ from shared.config import CoreSettings
 from shared.core import Core
 from shared.cpu import share_cores
 from shared.logging import configure
-from shared.web import create_api, settled
+from shared.web.api import create_api, settled
 
 ROUTERS = (*captioner.ROUTERS, *trainer.ROUTERS, *evaluator.ROUTERS)
 

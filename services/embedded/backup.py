@@ -25,9 +25,9 @@ from services.embedded.access import reach
 from shared.core import Core
 from shared.db.migrate import migrate
 from shared.errors import Conflict, InvalidInput, NotFound, Unavailable
-from shared.references import nothing_deleted
-from shared.storage import PART, Entry, Store
-from shared.store_check import check
+from shared.store.check import check
+from shared.store.references import nothing_deleted
+from shared.store.storage import PART, Entry, Store
 
 DUMP, STORE, MANIFEST = "database.dump", "store", "manifest.json"
 Manifest = dict[str, Any]

@@ -85,13 +85,13 @@ class Stack:
         self.supervisor = Supervisor(self.state_dir)
         self._undo.callback(self.supervisor.stop)
         python = sys.executable
-        api = ["-m", "shared.serve", "services.embedded.api:create_app", "--port", str(port), "--grace", "5"]
+        api = ["-m", "shared.web.serve", "services.embedded.api:create_app", "--port", str(port), "--grace", "5"]
         self.supervisor.add("api", [python, *api], env)
         for kind in KINDS:
             self.supervisor.add(f"worker-{kind}", [python, "-m", "shared.jobs.worker", kind], env)
         self.supervisor.add("reconciler", [python, "-m", "shared.jobs.reconciler"], env)
         self._await_ready()
-        self.supervisor.add("collector", [python, "-m", "shared.collector"], env)
+        self.supervisor.add("collector", [python, "-m", "shared.store.collector"], env)
         self._write_connection()
 
     def _remember_key(self) -> str:

@@ -1,5 +1,5 @@
-"""The evaluator's API process: `python -m shared.serve services.evaluator.app:create_app`. It imports torch when the
-first classifier is asked for a prediction, is downloaded whole or is imported; not before."""
+"""The evaluator's API process: `python -m shared.web.serve services.evaluator.app:create_app`. It imports torch when
+the first classifier is asked for a prediction, is downloaded whole or is imported; not before."""
 
 from fastapi import FastAPI
 
@@ -11,7 +11,7 @@ from shared.config import CoreSettings
 from shared.core import Core
 from shared.cpu import share_cores
 from shared.logging import configure
-from shared.web import create_api, settled
+from shared.web.api import create_api, settled
 
 ROUTERS = (routes.router, routes_classifiers.router, routes_leaderboard.router, keys_routes.router)
 

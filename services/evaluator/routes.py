@@ -15,7 +15,7 @@ from shared.db.models import Job
 from shared.jobs.routes import SubmissionDep, job_routes
 from shared.schemas import common
 from shared.schemas import evaluations as schema
-from shared.web import CoreDep
+from shared.web.api import CoreDep
 
 router = APIRouter(prefix="/v1", tags=["evaluator"])
 

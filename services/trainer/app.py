@@ -1,4 +1,4 @@
-"""The trainer's API process: `python -m shared.serve services.trainer.app:create_app`. It never imports torch."""
+"""The trainer's API process: `python -m shared.web.serve services.trainer.app:create_app`. It never imports torch."""
 
 from fastapi import FastAPI
 
@@ -7,7 +7,7 @@ from shared import tracing
 from shared.config import CoreSettings
 from shared.core import Core
 from shared.logging import configure
-from shared.web import create_api, settled
+from shared.web.api import create_api, settled
 
 ROUTERS = (fine_tuning.router, groups.router)
 

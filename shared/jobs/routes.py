@@ -10,16 +10,16 @@ from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
-from shared import idempotency
 from shared.auth import Principal, Reader, Writer, hash_key
 from shared.core import Core
 from shared.db.models import Base, Job, JobEvent
 from shared.errors import NotFound
 from shared.jobs import ledger
 from shared.jobs.streams import EventStream, Position
-from shared.paging import page
 from shared.schemas import common
-from shared.web import After, CoreDep, IdempotencyKey, Limit, accepted
+from shared.web import idempotency
+from shared.web.api import After, CoreDep, IdempotencyKey, Limit, accepted
+from shared.web.paging import page
 
 R = TypeVar("R", bound=common.JobResource)
 S = TypeVar("S", bound=common.Resource)

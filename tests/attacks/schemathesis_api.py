@@ -30,7 +30,7 @@ from shared.config import CoreSettings
 from shared.core import Core
 from shared.db.migrate import migrate
 from shared.db.models import ApiKey
-from shared.web import create_api
+from shared.web.api import create_api
 from tests.attacks.belongings import belongings
 
 HERE = Path(__file__).resolve().parent

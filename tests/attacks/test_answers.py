@@ -11,7 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from shared.core import Core
-from shared.web import CoreDep, create_api
+from shared.web.api import CoreDep, create_api
 from tests.attacks.belongings import belongings
 from tests.integration.conftest import ROUTERS
 from tests.integration.support import Api, client
@@ -73,10 +73,10 @@ def test_an_error_says_nothing_of_the_inside(core: Core, fault: Callable[[Core],
 
 
 def test_an_error_is_logged_with_the_id_that_the_answer_has(core: Core, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.ERROR, "shared.answers"):
+    with caplog.at_level(logging.ERROR, "shared.web.answers"):
         answer = broken_by(core, raised(RuntimeError("the reason"))).get("/v1/broken")
     assert answer.headers["X-Request-Id"]
-    (record,) = [record for record in caplog.records if record.name == "shared.answers"]
+    (record,) = [record for record in caplog.records if record.name == "shared.web.answers"]
     assert record.exc_info is not None
     assert "the reason" in str(record.exc_info[1])
 

@@ -14,9 +14,9 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from shared.auth import Scope, create_key
-from shared.body_limit import HELD_BODIES, STRANGERS_BYTES, WRITTEN_BYTES, BodyLimit
 from shared.core import Core
-from shared.web import create_api
+from shared.web.api import create_api
+from shared.web.body_limit import HELD_BODIES, STRANGERS_BYTES, WRITTEN_BYTES, BodyLimit
 from tests.integration.conftest import ROUTERS
 from tests.integration.factories import archive
 from tests.integration.support import client

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pytest
 
 from shared.core import Core
-from shared.storage import Store
+from shared.store.storage import Store
 from tests.attacks.belongings import belongings
 from tests.integration.factories import archive
 from tests.integration.support import Api

@@ -22,7 +22,7 @@ from services.embedded.api import ROUTERS
 from shared.auth import create_key
 from shared.core import Core
 from shared.errors import CaptuneError
-from shared.web import create_api
+from shared.web.api import create_api
 from tests.attacks.belongings import belongings
 from tests.integration.support import wait_for
 
@@ -36,7 +36,7 @@ OUTBOUND = {
     "services/embedded/demo.py": "the stack it has started",
     "services/embedded/stack.py": "the stack it has started",
     "shared/clip_tokens.py": "the model hub, for a tokenizer of open_clip's own list",
-    "shared/storage.py": "the store, at STORAGE_URL",
+    "shared/store/storage.py": "the store, at STORAGE_URL",
 }
 LIBRARIES = {
     *("httpx", "requests", "urllib3", "aiohttp", "urllib.request", "http.client", "ftplib", "smtplib", "xmlrpc"),

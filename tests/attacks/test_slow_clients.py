@@ -1,6 +1,6 @@
 """Clients that hold connections open: heads and bodies that trickle, connections with no request, readers that do not
 read; and bytes that two servers could take for different requests. Through real sockets, against the server that
-`python -m shared.serve` starts, with its patience cut to fractions of a second."""
+`python -m shared.web.serve` starts, with its patience cut to fractions of a second."""
 
 import asyncio
 import socket
@@ -17,10 +17,10 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import StreamingResponse
 
 from shared.auth import create_key
-from shared.body_limit import PROGRESS_BYTES, BodyLimit
 from shared.core import Core
-from shared.serve import BoundedProtocol
-from shared.web import create_api
+from shared.web.api import create_api
+from shared.web.body_limit import PROGRESS_BYTES, BodyLimit
+from shared.web.serve import BoundedProtocol
 from tests.integration.conftest import ROUTERS
 from tests.integration.factories import archive
 from tests.integration.support import wait_for

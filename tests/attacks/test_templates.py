@@ -95,6 +95,6 @@ def test_no_source_formats_with_a_users_text() -> None:
 KNOWN = {
     "services/embedded/backup.py": "names of our own tables",
     "services/evaluator/board/leaderboard_query.py": "parts of SQL, each a constant; values are bound",
-    "shared/api_document.py": "names of schemas",
+    "shared/web/api_document.py": "names of schemas",
     "shared/templates.py": "the prompt 'a photo of a {}.', and a class name as its argument",
 }

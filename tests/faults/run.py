@@ -15,9 +15,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from shared.classifier import load_classifier
 from shared.clip import LoadedClip, load_clip
-from shared.collector import Retention, collect
 from shared.db.models import Job
 from shared.errors import Conflict
+from shared.store.collector import Retention, collect
 from tests.faults import oracle
 from tests.faults.inject import FAULTS, heal
 from tests.faults.journal import Journal

@@ -21,7 +21,7 @@ from tests.faults.inject.edges import Edges
 from tests.faults.inside import fault_points
 from tests.faults.inside.fault_points import EDGES, Edge, patch
 
-RUN = {"shared.jobs.worker", "shared.jobs.reconciler", "shared.collector", "shared.serve"}  # by `python -m`
+RUN = {"shared.jobs.worker", "shared.jobs.reconciler", "shared.store.collector", "shared.web.serve"}  # by `python -m`
 RNG = random.Random(0)
 PUT = "core.store.put_bytes('a', b'b')"
 

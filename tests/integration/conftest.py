@@ -25,8 +25,8 @@ from shared.core import Core
 from shared.db.migrate import migrate
 from shared.db.models import Base
 from shared.db.session import Database
-from shared.serve import BoundedProtocol
-from shared.web import create_api
+from shared.web.api import create_api
+from shared.web.serve import BoundedProtocol
 from tests.integration.captioner_server import CaptionerServer, captioner_server
 from tests.integration.support import DEAD_REDIS, JSON_LIMIT, UPLOAD_LIMIT, Api, Servers, client, wait_for
 

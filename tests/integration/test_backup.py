@@ -15,7 +15,6 @@ from captune.cli import main
 from services.embedded.backup import DUMP, MANIFEST, STORE, backup, restore
 from services.embedded.servers import Server, start_postgres, start_valkey
 from shared.auth import create_key
-from shared.collector import Retention, collect
 from shared.config import CoreSettings
 from shared.core import Core
 from shared.db.migrate import migrate
@@ -25,8 +24,9 @@ from shared.ids import new_id
 from shared.jobs import ledger
 from shared.jobs.reconciler import recover_lapsed, requeue_forgotten
 from shared.jobs.worker import Runner
-from shared.store_check import check
-from shared.web import create_api
+from shared.store.check import check
+from shared.store.collector import Retention, collect
+from shared.web.api import create_api
 from tests.integration.conftest import ROUTERS
 from tests.integration.factories import (
     LONG_AGO,

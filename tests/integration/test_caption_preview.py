@@ -18,7 +18,7 @@ from shared.core import Core
 from shared.db.models import Caption, CaptionJobItem, Dataset, Image, Job
 from shared.schemas.captions import CaptionJobRequest
 from shared.templates import prefixed
-from shared.web import create_api
+from shared.web.api import create_api
 from tests.integration.conftest import ROUTERS
 from tests.integration.factories import add_caption, add_dataset, add_job, caption_request
 from tests.integration.support import Api, client, wait_for

@@ -14,16 +14,16 @@ import pytest
 from sqlalchemy import delete, func, select, update
 
 from services.captioner import ingest
-from shared.collector import Collected, Retention, collect
 from shared.core import Core
 from shared.db.models import Classifier, Dataset, Evaluation, IdempotencyKey, Image, Job, JobEvent
 from shared.errors import Conflict, Unavailable
 from shared.ids import new_id
 from shared.jobs import ledger
 from shared.jobs.worker import Runner
-from shared.references import COLLECTING, keep, may_delete, nothing_deleted
-from shared.storage import Store
-from shared.store_check import check
+from shared.store.check import check
+from shared.store.collector import Collected, Retention, collect
+from shared.store.references import COLLECTING, keep, may_delete, nothing_deleted
+from shared.store.storage import Store
 from tests.integration.factories import (
     LONG_AGO,
     add_checkpoint,
@@ -307,7 +307,7 @@ def test_while_a_backup_is_made_nothing_that_was_named_goes(here: Core) -> None:
 def test_a_writer_that_does_not_come_to_an_end_holds_nobody_up_for_long(
     here: Core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shared.collector.LOCK", "100ms")
+    monkeypatch.setattr("shared.store.collector.LOCK", "100ms")
     here.store.put_blob(b"orphan")
     with here.transaction() as session:
         session.execute(select(func.pg_advisory_xact_lock_shared(COLLECTING)))
@@ -354,7 +354,7 @@ def test_check_names_what_is_missing_and_what_is_damaged(here: Core) -> None:
 
 @pytest.fixture
 def program(here: Core, spawn: Callable[..., subprocess.Popen[bytes]]) -> Callable[..., subprocess.Popen[bytes]]:
-    return lambda *words: spawn("shared.collector", *words, STORAGE_URL=f"file://{here.store.root}")
+    return lambda *words: spawn("shared.store.collector", *words, STORAGE_URL=f"file://{here.store.root}")
 
 
 def test_the_program_runs_daily_and_stops_when_told(

@@ -27,7 +27,7 @@ from shared.ids import new_id
 from shared.jobs import ledger
 from shared.jobs.claim import Claim
 from shared.jobs.worker import Runner
-from shared.storage import Store
+from shared.store.storage import Store
 from tests.integration.factories import add_dataset, archive, png
 
 

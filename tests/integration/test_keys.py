@@ -20,7 +20,7 @@ from shared.auth import create_key, hash_key, revoke_key
 from shared.core import Core
 from shared.db.models import ApiKey
 from shared.errors import Conflict
-from shared.web import create_api
+from shared.web.api import create_api
 from tests.integration.conftest import ROUTERS
 from tests.integration.support import Api, client
 from tests.integration.test_web import assert_problem

@@ -85,7 +85,7 @@ def test_a_request_is_found_again_in_the_worker(
     port, metrics_port = free_port(), free_port()
     setting = {"CAPTUNE_OTLP_ENDPOINT": collector.url, "CAPTUNE_METRICS_PORT": str(metrics_port)}
     app = ("services.captioner.app:create_app", "--port", str(port))
-    api = spawn("shared.serve", *app, CAPTUNE_SERVICE_TOKEN="", **setting)
+    api = spawn("shared.web.serve", *app, CAPTUNE_SERVICE_TOKEN="", **setting)
     worker = spawn("shared.jobs.worker", "ingest", **setting)
     key = client_for("anna", "write").headers["Authorization"]
     url = f"http://127.0.0.1:{port}"

@@ -15,7 +15,7 @@ from shared.auth import Scope, create_key
 from shared.config import CoreSettings
 from shared.core import Core
 from shared.rate_limit import AWAY_SECONDS, RateLimits
-from shared.web import create_api
+from shared.web.api import create_api
 from tests.integration.conftest import ROUTERS
 from tests.integration.factories import archive
 from tests.integration.support import DEAD_REDIS

@@ -22,7 +22,7 @@ from shared.db.session import Database, answered_within
 from shared.jobs import LeaseLost, ledger
 from shared.jobs.claim import Claim
 from shared.queue import JobQueue, connect
-from shared.web import create_api
+from shared.web.api import create_api
 from tests.integration.black_hole import BlackHole, black_hole
 from tests.integration.conftest import ROUTERS
 from tests.integration.factories import add_job, read_job

@@ -9,9 +9,9 @@ from uuid import uuid4
 
 import pytest
 
-from shared import storage
 from shared.errors import NotFound, StorageFull
-from shared.storage import Store, sha256
+from shared.store import storage
+from shared.store.storage import Store, sha256
 from tests.integration.conftest import ROOT
 
 
@@ -174,7 +174,7 @@ def test_a_folder_that_could_not_be_written_leaves_nothing(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from shared.storage import Store
+from shared.store.storage import Store
 store = Store(sys.argv[1])
 class Source:
     calls = 0

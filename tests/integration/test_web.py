@@ -13,8 +13,8 @@ from services.evaluator import app as evaluator
 from services.trainer import app as trainer
 from shared.auth import create_key
 from shared.core import Core
-from shared.health import NotReady
-from shared.web import create_api
+from shared.web.api import create_api
+from shared.web.health import NotReady
 from tests.integration.conftest import ROUTERS
 from tests.integration.factories import add_dataset, archive, read_job
 from tests.integration.support import JSON_LIMIT, UPLOAD_LIMIT, Api, client

@@ -20,9 +20,9 @@ from pydantic_settings import BaseSettings
 
 from services.captioner.settings import CaptionerSettings, CaptionWorkerSettings
 from services.trainer.settings import TrainerSettings
-from shared import health
-from shared.collector import CollectorSettings
 from shared.queue import KINDS
+from shared.store.collector import CollectorSettings
+from shared.web import health
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docker-compose.yml").read_text("utf-8")
@@ -105,7 +105,7 @@ def test_every_queue_has_a_worker_and_every_worker_a_queue() -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_the_command_names_code_that_exists(name: str) -> None:
     match OURS[name]["command"]:
-        case ["python", "-m", "shared.serve", target, "--host", "0.0.0.0", "--grace", "20"]:
+        case ["python", "-m", "shared.web.serve", target, "--host", "0.0.0.0", "--grace", "20"]:
             module, _, factory = target.partition(":")
             found = [n for n in tree(module).body if isinstance(n, ast.FunctionDef) and n.name == factory]
             assert len(found) == 1

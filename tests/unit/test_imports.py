@@ -24,7 +24,7 @@ def modules_after(statement: str) -> set[str]:
         "services.embedded.stack",
         "shared.jobs.worker",
         "shared.jobs.reconciler",
-        "shared.collector",
+        "shared.store.collector",
         "shared.db.migrate",
         "captune.cli",
     ],

@@ -20,7 +20,7 @@ from shared.clip import LoadedClip, encode_text
 from shared.db.models import Image
 from shared.embedder import Embedder
 from shared.row_cache import RowCache
-from shared.storage import Store
+from shared.store.storage import Store
 from shared.warm import warm_clip
 
 log = logging.getLogger(__name__)

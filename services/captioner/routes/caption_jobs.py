@@ -15,7 +15,7 @@ from shared.jobs import ledger
 from shared.jobs.routes import SubmissionDep, get_job, job_routes
 from shared.schemas import captions as schema
 from shared.schemas import common
-from shared.web import CoreDep
+from shared.web.api import CoreDep
 
 router = APIRouter()
 

@@ -17,10 +17,10 @@ from shared.datasets.lookup import display_names, get_dataset
 from shared.db.models import Caption, CaptionJobItem, Dataset, Image, Job
 from shared.errors import InvalidInput, NotFound, PreconditionFailed, PreconditionRequired
 from shared.jobs.routes import get_job
-from shared.paging import page
 from shared.schemas import captions as schema
 from shared.schemas import common
-from shared.web import After, CoreDep, Limit
+from shared.web.api import After, CoreDep, Limit
+from shared.web.paging import page
 
 router = APIRouter()
 

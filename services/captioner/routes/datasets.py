@@ -23,12 +23,12 @@ from shared.ids import new_id
 from shared.jobs import ledger
 from shared.jobs.routes import SubmissionDep, job_routes
 from shared.leaderboard_version import bump
-from shared.paging import page
-from shared.references import keep
 from shared.schemas import common
 from shared.schemas import datasets as schema
+from shared.store.references import keep
 from shared.templates import display_name
-from shared.web import After, CoreDep, Limit
+from shared.web.api import After, CoreDep, Limit
+from shared.web.paging import page
 
 router = APIRouter()
 

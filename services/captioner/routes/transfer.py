@@ -19,9 +19,9 @@ from shared.db.models import Dataset
 from shared.ids import new_id
 from shared.jobs import ledger
 from shared.jobs.routes import SubmissionDep, get_job
-from shared.references import keep
 from shared.schemas import captions as schema
-from shared.web import CoreDep, accepted
+from shared.store.references import keep
+from shared.web.api import CoreDep, accepted
 
 router = APIRouter()
 

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from services.captioner.engines.base import FinishReason
 from shared.datasets.report import printable
 from shared.errors import CaptuneError
-from shared.problems import headers_of, shortened
+from shared.web.problems import headers_of, shortened
 
 logger = logging.getLogger(__name__)
 

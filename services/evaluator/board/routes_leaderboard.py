@@ -18,7 +18,7 @@ from shared.auth import Principal, Reader
 from shared.core import Core
 from shared.schemas import common
 from shared.schemas import evaluations as schema
-from shared.web import CoreDep
+from shared.web.api import CoreDep
 
 router = APIRouter(prefix="/v1", tags=["evaluator"])
 

@@ -31,11 +31,11 @@ from shared.errors import NotFound
 from shared.ids import new_id
 from shared.jobs.routes import SubmissionDep
 from shared.leaderboard_version import bump
-from shared.references import keep
 from shared.schemas import evaluations as schema
 from shared.schemas import fine_tuning
 from shared.settings_key import setting_of
-from shared.web import CoreDep
+from shared.store.references import keep
+from shared.web.api import CoreDep
 
 router = APIRouter(prefix="/v1/classifiers", tags=["evaluator"])
 

@@ -14,7 +14,7 @@ from shared.db.models import Classifier, Dataset
 from shared.head import Head
 from shared.ids import new_id
 from shared.settings_key import setting_of
-from shared.storage import Store
+from shared.store.storage import Store
 
 METHOD = PROTOCOL = "zero_shot"
 DETAILS: dict[str, Any] = {"train_seconds": 0.0, "trainable_parameters": 0, "captions": None}

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shared.errors import InvalidInput
-from shared.storage import Store
+from shared.store.storage import Store
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from shared.head import Head
 from shared.pixels import load_pixels
 from shared.projection import last_projection
 from shared.row_cache import RowCache
-from shared.storage import Store
+from shared.store.storage import Store
 from shared.templates import photo_of
 from shared.warm import Warm
 

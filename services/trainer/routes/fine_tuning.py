@@ -16,10 +16,10 @@ from shared.datasets.lookup import usable_dataset
 from shared.db.models import FINAL, Checkpoint, Classifier, Evaluation, Job
 from shared.errors import Conflict, NotFound
 from shared.jobs.routes import SubmissionDep, Where, get_job, job_routes
-from shared.paging import page
 from shared.schemas import common
 from shared.schemas import fine_tuning as schema
-from shared.web import After, CoreDep, Limit
+from shared.web.api import After, CoreDep, Limit
+from shared.web.paging import page
 
 router = APIRouter(prefix="/v1", tags=["trainer"])
 

@@ -28,10 +28,10 @@ from shared.errors import InvalidInput, NotFound
 from shared.ids import new_id
 from shared.jobs import ledger
 from shared.jobs.routes import SubmissionDep
-from shared.paging import page
 from shared.schemas import common
 from shared.schemas import fine_tuning as schema
-from shared.web import After, CoreDep, Limit, accepted
+from shared.web.api import After, CoreDep, Limit, accepted
+from shared.web.paging import page
 
 MAX_RUNS = 1000  # of a group
 PATH = "/v1/fine_tuning/groups"

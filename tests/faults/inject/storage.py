@@ -1,5 +1,5 @@
 """What can become of the store: full, read-only, unreadable, slow, cut off within a file; or collected. At the edges of
-shared/storage.py, because permissions do not hold for root."""
+shared/store/storage.py, because permissions do not hold for root."""
 
 import random
 import subprocess
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[3]
 _COLLECT = """
-from shared.collector import Retention, collect
+from shared.store.collector import Retention, collect
 from shared.config import CoreSettings
 from shared.core import Core
 print(collect(Core.from_settings(CoreSettings(), pool_size=2), Retention(unreferenced=2)).table())

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from services.captioner.app import lifespan
-from shared import health
+from shared.web import health
 
 ENGINES = {"attributes": {}, "hosted": {"type": "openai", "model": "some-vlm"}}  # without base_urls it cannot be loaded
 

@@ -10,7 +10,7 @@ import pytest
 from services.evaluator.scoring import predictions
 from services.evaluator.scoring.predictions import Kept
 from shared.errors import InvalidInput
-from shared.storage import Store
+from shared.store.storage import Store
 
 KEY = "predictions/eval_1-1.parquet"
 

@@ -17,7 +17,7 @@ from shared.errors import NotFound
 from shared.pixels import Pixels, load_pixels
 from shared.projection import last_projection
 from shared.row_cache import RowCache
-from shared.storage import Store
+from shared.store.storage import Store
 from tests.tiny_clip import IMAGE_SIZE, write_tiny_clip
 
 BYTES = 3 * IMAGE_SIZE**2

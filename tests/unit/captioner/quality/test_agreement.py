@@ -12,7 +12,7 @@ from services.captioner.quality.agreement import Agreement, agreements, clip_for
 from shared import embedder, warm
 from shared.clip import LoadedClip, encode_image, encode_text, preprocess_uint8
 from shared.db.models import Image
-from shared.storage import Store
+from shared.store.storage import Store
 from tests.tiny_clip import write_tiny_clip
 
 

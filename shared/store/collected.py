@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from shared.references import FORMS
+from shared.store.references import FORMS
 
 DAY = 86_400.0
 EVENTS, KEYS, UNFINISHED = "events", "idempotency keys", "unfinished writes"

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shared.auth import admit_body, admit_upload
 from shared.errors import CaptuneError, Malformed, TooBusy, TooLarge, TooSlow, Unavailable
-from shared.problems import database_unavailable, from_error
+from shared.web.problems import database_unavailable, from_error
 
 # The routes whose bodies are streamed to disk; every other body is held in memory.
 UPLOAD_PATHS = frozenset({"/v1/datasets", "/v1/caption_jobs/import", "/v1/classifiers/import"})

@@ -6,7 +6,7 @@ import logging
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shared.problems import unexpected
+from shared.web.problems import unexpected
 
 log = logging.getLogger(__name__)
 

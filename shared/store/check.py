@@ -6,7 +6,7 @@ from itertools import islice
 
 from shared.core import Core
 from shared.errors import NotFound
-from shared.references import every_key
+from shared.store.references import every_key
 
 BATCH = 500
 

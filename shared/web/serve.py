@@ -1,4 +1,4 @@
-"""Serves an API: `python -m shared.serve services.captioner.app:create_app --port 8000`.
+"""Serves an API: `python -m shared.web.serve services.captioner.app:create_app --port 8000`.
 
 uvicorn, with bounds on what a client may hold open. Left alone it waits for ever for a connection's first request, for
 the rest of a header, for the rest of a body that was answered already, and for a reader that does not read. A body that

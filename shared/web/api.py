@@ -9,17 +9,18 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 
-from shared import health, tracing
-from shared.answers import Answers
-from shared.api_document import Api
+from shared import tracing
 from shared.auth import admit_metrics
-from shared.body_limit import BodyLimit
 from shared.core import Core
-from shared.docs_pages import add_docs_pages
 from shared.jobs.streams import Streams
-from shared.problems import add_handlers
 from shared.rate_limit import RateLimits
-from shared.request_log import RequestLog
+from shared.web import health
+from shared.web.answers import Answers
+from shared.web.api_document import Api
+from shared.web.body_limit import BodyLimit
+from shared.web.docs_pages import add_docs_pages
+from shared.web.problems import add_handlers
+from shared.web.request_log import RequestLog
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 

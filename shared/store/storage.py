@@ -2,7 +2,7 @@
 
 Images are content-addressed (`blobs/ab/abcd…`, SHA-256), so the same bytes are stored once. Everything else is
 written under a key that is used once; the database names a key only after it was written whole. Which rows name which
-keys: shared/references.py. What no row names is removed by shared/collector.py."""
+keys: shared/store/references.py. What no row names is removed by shared/store/collector.py."""
 
 import ctypes
 import hashlib

@@ -1,17 +1,17 @@
 """Removes what nothing needs any more: objects of the store that no row names, and rows past their retention.
 
-    python -m shared.collector             at once, then every day, until SIGTERM
-    python -m shared.collector once        one run: for cron
-    python -m shared.collector dry-run     says what a run would remove
-    python -m shared.collector check       says what rows name and the store lacks; reads every picture
-    python -m shared.collector hold        keeps what rows name from being deleted until SIGTERM: for a backup by hand
+    python -m shared.store.collector             at once, then every day, until SIGTERM
+    python -m shared.store.collector once        one run: for cron
+    python -m shared.store.collector dry-run     says what a run would remove
+    python -m shared.store.collector check       says what rows name and the store lacks; reads every picture
+    python -m shared.store.collector hold        until SIGTERM nothing that rows name is deleted: for a backup by hand
 
 Why nothing that is needed goes: an object goes only if it is older than `Retention.unreferenced` and no row names it.
 The age alone would do where every step that stores something names it within a day. Nobody can promise that (a laptop
 sleeps for a week between the two; `put_blob` finds the bytes there already), so it is there to save work, and the locks
-of shared/references.py make it safe: rows are asked again, and the objects deleted, while nobody can commit a row that
-names them; and who comes later finds them gone and stores them again. Ages are by the store's own clock. What does not
-look like a key of ours is reported and left alone.
+of shared/store/references.py make it safe: rows are asked again, and the objects deleted, while nobody can commit a row
+that names them; and who comes later finds them gone and stores them again. Ages are by the store's own clock. What does
+not look like a key of ours is reported and left alone.
 
 Memory is bounded: folders are streamed and rows asked for BATCH keys at a time. Any number of collectors may be
 started; one works."""
@@ -30,15 +30,15 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from shared.collected import DAY, EVENTS, KEYS, UNFINISHED, Collected, Retention
 from shared.config import CoreSettings
 from shared.core import Core
 from shared.errors import CaptuneError, Conflict
-from shared.expiry import expire_events, expire_keys
 from shared.logging import configure
-from shared.references import COLLECTING, FORMS, may_delete, named, nothing_deleted
-from shared.storage import PART, Entry
-from shared.store_check import check
+from shared.store.check import check
+from shared.store.collected import DAY, EVENTS, KEYS, UNFINISHED, Collected, Retention
+from shared.store.expiry import expire_events, expire_keys
+from shared.store.references import COLLECTING, FORMS, may_delete, named, nothing_deleted
+from shared.store.storage import PART, Entry
 
 __all__ = ["Collected", "Retention", "collect"]
 
@@ -230,7 +230,7 @@ def _check(core: Core) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m shared.collector", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m shared.store.collector", description=__doc__.partition("\n")[0])
     parser.add_argument("what", nargs="?", default="daily", choices=("daily", "once", "dry-run", "check", "hold"))
     what = parser.parse_args(argv).what
     settings = CollectorSettings()

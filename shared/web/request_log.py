@@ -7,10 +7,11 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shared import health, tracing
+from shared import tracing
 from shared.ids import new_id
 from shared.logging import fields
 from shared.metrics import REQUESTS
+from shared.web import health
 
 log = logging.getLogger(__name__)
 

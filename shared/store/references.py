@@ -33,7 +33,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 from shared.db.models import FINAL, Checkpoint, Classifier, Dataset, Evaluation, Image, Job
 from shared.db.session import Database
 from shared.errors import Conflict, Unavailable
-from shared.storage import Store
+from shared.store.storage import Store
 
 COLLECTING, COPYING = 0x0CA9_C011, 0x0CA9_C097  # PostgreSQL advisory locks
 

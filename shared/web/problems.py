@@ -13,8 +13,8 @@ from starlette.exceptions import HTTPException
 
 from shared.datasets.report import printable
 from shared.errors import CaptuneError, from_disk
-from shared.request_log import template
 from shared.schemas.common import Problem
+from shared.web.request_log import template
 
 log = logging.getLogger(__name__)
 
