@@ -20,7 +20,7 @@ def until(what: str, condition: Callable[[], T | None], seconds: float = 30.0) -
     return found
 
 
-def finished(client: Client, job: J, seconds: float = 60.0) -> J:
+def finished(client: Client, job: J, seconds: float = 120.0) -> J:
     """The job in its final state."""
 
     def final() -> J | None:
@@ -31,7 +31,7 @@ def finished(client: Client, job: J, seconds: float = 60.0) -> J:
     return until(f"{job.id} ends", final, seconds)
 
 
-def succeeded(client: Client, job: J, seconds: float = 60.0) -> J:
+def succeeded(client: Client, job: J, seconds: float = 120.0) -> J:
     job = finished(client, job, seconds)
     assert job.status == "succeeded", job.error
     return job
