@@ -7,7 +7,7 @@ Rows that were scored on what the data set was before stand at the end, without 
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 from sqlalchemy.orm import Session
 
 from services.evaluator.board.correctness import Bits, BitsCache, Run
@@ -31,7 +31,7 @@ class Header:
     version: int
 
 
-def header(session: Session, who: Principal, dataset_id: str) -> Header:
+def header(session: Session | Connection, who: Principal, dataset_id: str) -> Header:
     """Raises NotFound, also where the data set is another owner's."""
     query = (
         select(Dataset.name, Dataset.fingerprint, LeaderboardVersion.version)
