@@ -14,15 +14,14 @@ import asyncio
 import gc
 import json
 import logging
-import multiprocessing
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from running.beside import beside
 from running.processes import Usage, machine, quantiles, usage
 from running.tiny import archive, plain_http, running, succeeded, upload
 from sqlalchemy import Interval, cast, func, update
@@ -59,18 +58,6 @@ def write(url: str, ids: Sequence[str], rate: float) -> None:
             ledger.add_event(session, ids[number % len(ids)], "log", f"{time.time():.6f}")
         number += 1
         time.sleep(max(0.0, began + number / rate - time.monotonic()))
-
-
-@contextmanager
-def writing(url: str, ids: Sequence[str], rate: float) -> Iterator[None]:
-    process = multiprocessing.get_context("spawn").Process(target=write, args=(url, ids, rate))
-    process.start()
-    try:
-        time.sleep(2.0)  # until it has imported
-        yield
-    finally:
-        process.terminate()
-        process.join()
 
 
 @dataclass
@@ -191,7 +178,7 @@ def main() -> None:
         dataset = succeeded(client, client.job(upload(http, archive(2), "tiny").json()["id"])).id
         ids = add_jobs(database, dataset, args.streams)
         gc.freeze()
-        with writing(stack.env["DATABASE_URL"], ids, args.events):
+        with beside(write, stack.env["DATABASE_URL"], ids, args.events):
             before = usage()
             times = asyncio.run(probe(stack, ids[0], args.seconds))
             without = _costs(before, usage(), args.seconds) | _probed(times)

@@ -14,7 +14,6 @@ import asyncio
 import gc
 import json
 import logging
-import multiprocessing
 import os
 import random
 import socket
@@ -30,6 +29,8 @@ from typing import Any
 import httpx
 import numpy as np
 from evaluated.data import OWNER, SEEDS, add_dataset, add_evaluations, connection_of, one_evaluation
+from running.beside import beside
+from running.processes import cpu_seconds
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
@@ -89,18 +90,6 @@ def write(settings: CoreSettings, dataset_id: str, seed: int) -> None:
 
 
 @contextmanager
-def writing(settings: CoreSettings, dataset_id: str, seed: int) -> Iterator[None]:
-    process = multiprocessing.get_context("spawn").Process(target=write, args=(settings, dataset_id, seed))
-    process.start()
-    try:
-        time.sleep(2.0)  # until it has imported
-        yield
-    finally:
-        process.terminate()
-        process.join()
-
-
-@contextmanager
 def api(settings: CoreSettings, log: Path) -> Iterator[tuple[str, int]]:
     """The evaluator's API as it is run, on a port of its own: its URL and process id."""
     with socket.socket() as free:
@@ -127,12 +116,6 @@ def api(settings: CoreSettings, log: Path) -> Iterator[tuple[str, int]]:
     finally:
         process.terminate()
         process.wait()
-
-
-def cpu_seconds(pid: int) -> float:
-    """What a process has used so far, in user and kernel."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def quantiles(times: list[float]) -> tuple[float, ...]:
@@ -208,7 +191,7 @@ def main() -> None:
         seed = SEEDS
         for views, conditional, busy in [(1, c, b) for b in (False, True) for c in (True, False)] + [(4, True, True)]:
             seed += 1
-            with writing(settings, dataset_id, seed) if busy else ExitStack():
+            with beside(write, settings, dataset_id, seed) if busy else ExitStack():
                 used = cpu_seconds(pid)
                 times = asyncio.run(pollers(url, key, dataset_id, views, conditional, seconds))
             name = f"{POLLERS} pollers" + (f", {views} views" if views > 1 else "")

@@ -8,18 +8,17 @@ print(client.leaderboard(dataset.id))
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 
-from captune import connection
 from captune.errors import CaptuneAPIError
 from captune.packing import archive, batched, new_folder, unpack
+from captune.transport import LONG, Transport, server_sent_events
 from shared.schemas.captions import (
     Caption,
     CaptionEdit,
@@ -54,10 +53,6 @@ from shared.schemas.fine_tuning import (
 from shared.schemas.keys import Key, KeyRequest, NewKey
 
 J = TypeVar("J", bound=JobResource)
-R = TypeVar(
-    "R", Dataset, Image, Caption, CaptionJob, FineTuningJob, FineTuningCheckpoint, Group, Evaluation, Classifier, Key
-)
-
 _JOBS: dict[str, tuple[str, type[JobResource]]] = {  # id prefix -> where it lives, what it is
     "ds": ("/v1/datasets", Dataset),
     "cap": ("/v1/caption_jobs", CaptionJob),
@@ -65,35 +60,11 @@ _JOBS: dict[str, tuple[str, type[JobResource]]] = {  # id prefix -> where it liv
     "eval": ("/v1/evaluations", Evaluation),
 }
 _GROUPS = "/v1/fine_tuning/groups"
-LONG = httpx.Timeout(60.0, read=600.0, write=600.0)  # uploads, and what a model or a whole job is looked at for
 RECONNECTS = 30  # a stream that breaks is taken up again where it was, a second apart
 
 
-class Client:
+class Client(Transport):
     """Raises CaptuneAPIError where the server refuses, httpx.TransportError where it cannot be reached."""
-
-    def __init__(
-        self,
-        url: str | None = None,
-        api_key: str | None = None,
-        *,
-        state_dir: Path | None = None,
-        timeout: float = 60.0,
-    ) -> None:
-        found = connection.find(url, api_key, state_dir)
-        self.url = found.url.rstrip("/")
-        headers = {"Authorization": f"Bearer {found.api_key}"}
-        local = httpx.URL(self.url).host in ("127.0.0.1", "localhost", "::1")  # a proxy has no business there
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=not local)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._http.close()
 
     # -- data sets -------------------------------------------------------------------------------------------------
 
@@ -387,7 +358,7 @@ class Client:
                     if not response.is_success:
                         response.read()
                         raise CaptuneAPIError.from_response(response)
-                    for kind, number, data in _sse(response.iter_lines()):
+                    for kind, number, data in server_sent_events(response.iter_lines()):
                         failures, last = 0, number or last
                         if kind == "event":
                             yield JobEvent.model_validate(data)
@@ -425,43 +396,6 @@ class Client:
     def revoke_key(self, key_id: str) -> None:
         self._send("DELETE", f"/v1/keys/{key_id}")
 
-    # -- HTTP ------------------------------------------------------------------------------------------------------
-
-    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
-        response = self._http.request(method, path, **options)
-        if not response.is_success:
-            raise CaptuneAPIError.from_response(response)
-        return response
-
-    def _post(self, path: str, body: dict[str, Any] | None) -> Any:
-        return self._send("POST", path, json=body).json()
-
-    def _download(self, url: str, path: Path, params: dict[str, str] | None = None) -> Path:
-        """Stream an answer into `path`, which appears once it is whole."""
-        part = path.with_name(f"{path.name}.part")
-        with self._http.stream("GET", url, params=params, timeout=LONG) as response:
-            if not response.is_success:
-                response.read()
-                raise CaptuneAPIError.from_response(response)
-            try:
-                with part.open("wb") as out:
-                    for piece in response.iter_bytes():
-                        out.write(piece)
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
-        return path
-
-    def _list(self, path: str, model: type[R] | type[JobResource], **filters: Any) -> Iterator[Any]:
-        params: dict[str, Any] = {"limit": 200, **filters}
-        while True:
-            answer = self._send("GET", path, params=params).json()
-            for entry in answer["data"]:
-                yield model.model_validate(entry)
-            if not answer["has_more"]:
-                return
-            params["after"] = answer["last_id"]
-
 
 def _given(filters: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in filters.items() if value is not None}
@@ -473,22 +407,3 @@ def _job(job_id: str) -> tuple[str, type[JobResource]]:
         raise ValueError(f"'{job_id}' is no job id; they start with {', '.join(p + '_' for p in _JOBS)}")
     path, model = _JOBS[prefix]
     return f"{path}/{job_id}", model
-
-
-def _sse(lines: Iterator[str]) -> Iterator[tuple[str, str | None, Any]]:
-    """Server-sent events: (event, id, data as JSON)."""
-    kind, number, data = "message", None, ""
-    for line in lines:
-        if not line:
-            if data:
-                yield kind, number, json.loads(data)
-            kind, number, data = "message", None, ""
-            continue
-        field, _, value = line.partition(":")
-        value = value.removeprefix(" ")
-        if field == "event":
-            kind = value
-        elif field == "id":
-            number = value
-        elif field == "data":
-            data += value

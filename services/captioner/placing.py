@@ -1,7 +1,8 @@
 """The end of an ingest: splits are drawn, classes and duplicates looked at, the fingerprint taken. The stored images
 are worked on in the database and pass by here: a million of them take no more memory than ten.
 
-The results are those of `splits.assign` and `checks.check_classes` on lists."""
+Splits that the upload names are kept, unnamed images are train. Where no image at all is test (or val), that split is
+drawn from train, class by class (`splits.draw`); images of a class with the same bytes go to the same side."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -71,11 +71,6 @@ class Archive:
         """`files()` in memory, for archives of few files."""
         return list(self.files())
 
-    @property
-    def directories(self) -> list[str]:
-        """`folders` in memory."""
-        return list(self.folders)
-
     def members(self) -> Iterator[Member]:
         """The same files, with their content. Raises BadArchive."""
         self.files()

@@ -2,28 +2,16 @@
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Final
 
-from shared.datasets.classes import SPLITS, Split
+from shared.datasets.classes import Split
 from shared.datasets.report import Notice, listed
 from shared.datasets.splits import Labelled
 from shared.errors import InvalidInput
 
 _EXAMPLES: Final = 5
 Counts = Mapping[str, Mapping[str, int]]  # number of images by split and class
-
-
-def check_classes(images: Sequence[Labelled], declared: Iterable[str]) -> list[Notice]:
-    """`images` are the accepted ones with their final splits, `declared` every class the upload named. Raises and
-    returns what `check_counts` and `duplicates` do."""
-    counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
-    for image in images:
-        counts[image.split or "train"][image.class_name] += 1
-    first: dict[str, Labelled] = {}
-    pairs = ((first.setdefault(image.sha256, image), image) for image in images if image.sha256)
-    return check_counts(counts, declared) + duplicates(pairs)
 
 
 def check_counts(counts: Counts, declared: Iterable[str]) -> list[Notice]:

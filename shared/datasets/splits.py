@@ -26,30 +26,6 @@ class Labelled:
     sha256: str = ""
 
 
-def assign(items: Sequence[Labelled], seed: int, val_fraction: float = 0.1, test_fraction: float = 0.2) -> list[Split]:
-    """The split of each item, in the order given. Splits the upload names are kept; unnamed images are train.
-
-    Where no image at all is test (or val), that split is drawn from train: the fraction of each class, rounded, at
-    least one image of a class that has enough (2 for test, 3 for both), and always leaving one to train on. Images
-    of a class with the same bytes go to the same side.
-    """
-    splits: list[Split] = [item.split or "train" for item in items]
-    if "test" in splits:
-        test_fraction = 0.0
-    if "val" in splits:
-        val_fraction = 0.0
-    train: dict[str, list[int]] = {}
-    for index, item in enumerate(items):
-        if splits[index] == "train":
-            train.setdefault(item.class_name, []).append(index)
-    for name, pool in train.items():
-        groups = _ranked_groups(items, pool, salt(seed, name))
-        for group, side in draw(((group, len(group)) for group in groups), len(pool), val_fraction, test_fraction):
-            for index in group:
-                splits[index] = side
-    return splits
-
-
 def salt(seed: int, class_name: str) -> str:
     """What a class's images are ranked by, together with their paths: SHA-256 over `salt\\0path`."""
     return f"split\0{seed}\0{class_name}"
@@ -59,7 +35,8 @@ def draw(
     groups: Iterable[tuple[K, int]], images: int, val_fraction: float, test_fraction: float
 ) -> Iterator[tuple[K, Split]]:
     """Of one class: `groups` of images with the same bytes, each with its size, in the order of their ranks, `images`
-    together. Those that leave train, with their new split."""
+    together. Those that leave train, with their new split: the fractions, rounded, at least one image where there are
+    enough (2 for test, 3 for both), and always leaving one to train on."""
     wanted_test = _share(images, test_fraction, images - 1)
     wanted_val = _share(images, val_fraction, images - 1 - wanted_test)
     for group, size in groups:
@@ -82,7 +59,7 @@ def few_shot(
         raise InvalidInput("shots must be at least 1.", code="shots_out_of_range", param="shots")
     chosen: list[str] = []
     for name, paths in sorted(paths_by_class.items()):
-        chosen += sorted(sorted(paths, key=lambda path: _rank(f"shots\0{shot_seed}\0{name}", path))[:shots])
+        chosen += sorted(sorted(paths, key=lambda path: rank(f"shots\0{shot_seed}\0{name}", path))[:shots])
     return chosen, {name: len(paths) for name, paths in sorted(paths_by_class.items()) if len(paths) < shots}
 
 
@@ -92,13 +69,5 @@ def _share(size: int, fraction: float, most: int) -> int:
     return max(0, min(most, max(1, math.floor(size * fraction + 0.5))))
 
 
-def _ranked_groups(items: Sequence[Labelled], pool: list[int], salted: str) -> list[list[int]]:
-    """Indices of images with the same bytes together, the groups in the order of the draw."""
-    groups: dict[str, list[int]] = {}
-    for index in pool:
-        groups.setdefault(items[index].sha256 or f"path\0{items[index].path}", []).append(index)
-    return sorted(groups.values(), key=lambda group: _rank(salted, min(items[index].path for index in group)))
-
-
-def _rank(salt: str, path: str) -> bytes:
+def rank(salt: str, path: str) -> bytes:
     return hashlib.sha256(f"{salt}\0{path}".encode()).digest()

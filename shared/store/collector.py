@@ -194,10 +194,10 @@ class CollectorSettings(CoreSettings):
     """`Retention` as settings."""
 
     collect_every_seconds: float = Field(default=DAY, gt=0)
-    keep_unreferenced_seconds: float = Field(default=DAY, ge=3600)
-    keep_events_seconds: float = Field(default=90 * DAY, ge=DAY)
-    keep_idempotency_keys_seconds: float = Field(default=30 * DAY, ge=DAY)
-    keep_archives_seconds: float | None = Field(default=30 * DAY, ge=0)
+    keep_unreferenced_seconds: float = Field(default=Retention.unreferenced, ge=3600)
+    keep_events_seconds: float = Field(default=Retention.events, ge=DAY)
+    keep_idempotency_keys_seconds: float = Field(default=Retention.idempotency_keys, ge=DAY)
+    keep_archives_seconds: float | None = Field(default=Retention.archives, ge=0)
 
     @property
     def retention(self) -> Retention:

@@ -258,7 +258,9 @@ class Store:
                 for file in temporary.iterdir():
                     with file.open("rb") as handle:
                         os.fsync(handle.fileno())
+                _sync_folder(str(temporary))
                 os.replace(temporary, path)
+                _sync_folder(os.path.dirname(path))
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise

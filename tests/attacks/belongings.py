@@ -2,20 +2,18 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 from sqlalchemy import select, update
 
-from services.evaluator.scoring import predictions
 from shared.core import Core
-from shared.db.models import Evaluation, Image, Job
+from shared.db.models import Image, Job
 from tests.integration.factories import (
-    FINGERPRINT,
     add_caption,
     add_checkpoint,
     add_classifier,
     add_dataset,
     add_group,
     add_job,
+    add_predictions,
     caption_request,
     fine_tune_request,
 )
@@ -65,22 +63,5 @@ def _evaluated(core: Core, owner: str, classifier_id: str, dataset_id: str) -> s
         status="succeeded",
         result={"classes": 2, "scores": {}},
     )
-    key = f"predictions/{id}-1.parquet"
-    kept = predictions.Kept(["img_1"], ["cat/1.png"], np.array([0]), np.eye(1, 2, dtype=np.float32), ["cat", "dog"])
-    predictions.write(core.store, key, kept)
-    with core.transaction() as session:
-        session.add(
-            Evaluation(
-                id=id,
-                owner=owner,
-                classifier_id=classifier_id,
-                dataset_id=dataset_id,
-                split="val",
-                head="own",
-                data_fingerprint=FINGERPRINT,
-                predictions_key=key,
-                images=1,
-                correct=b"\x80",
-            )
-        )
+    add_predictions(core, id, classifier_id, dataset_id, owner)
     return id

@@ -18,10 +18,11 @@ from shared.datasets import metadata
 from shared.datasets.classes import class_name
 from shared.datasets.layout import plan
 from shared.datasets.report import Report
-from shared.datasets.splits import Labelled, assign
+from shared.datasets.splits import Labelled
 from shared.errors import InvalidInput
 from shared.schemas.captions import Template
 from tests.attacks.archives import Zipped, outcome, tarred, zipped
+from tests.on_lists import assign
 
 quick = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

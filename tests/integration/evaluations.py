@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from fastapi.testclient import TestClient
 from safetensors.torch import save_file
 from sqlalchemy import select
 
-from services.evaluator.scoring import predictions
 from shared.classifier import CARD, CHANGED, HEAD, Classifier, ClassifierCard, Preprocessing, load_classifier
 from shared.classifier_card import sha256_file
 from shared.clip import LoadedClip, load_clip, preprocess_uint8, save_clip
@@ -131,28 +129,6 @@ def card_of(**changes: Any) -> ClassifierCard:
         "sha256": {},
     }
     return ClassifierCard(**values | changes)
-
-
-def add_predictions(core: Core, evaluation_id: str, classifier_id: str, dataset_id: str) -> None:
-    """What a finished evaluation of the val split keeps, of one image."""
-    key = f"predictions/{evaluation_id}-1.parquet"
-    kept = predictions.Kept(["img_1"], ["cat/1.png"], np.array([0]), np.eye(1, 2, dtype=np.float32), CLASSES)
-    predictions.write(core.store, key, kept)
-    with core.transaction() as session:
-        session.add(
-            Evaluation(
-                id=evaluation_id,
-                owner="anna",
-                classifier_id=classifier_id,
-                dataset_id=dataset_id,
-                split="val",
-                head="own",
-                data_fingerprint=FINGERPRINT,
-                predictions_key=key,
-                images=1,
-                correct=b"\x80",
-            )
-        )
 
 
 def open_model(root: Path, cache: Path) -> LoadedClip:

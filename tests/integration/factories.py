@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image as Picture
 
+from services.evaluator.scoring import predictions
 from shared.core import Core
 from shared.db.models import (
     Caption,
@@ -287,3 +288,25 @@ def types_of(core: Core, job_id: str) -> list[str]:
 
 
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
+
+
+def add_predictions(core: Core, evaluation_id: str, classifier_id: str, dataset_id: str, owner: str = "anna") -> None:
+    """What a finished evaluation of the val split keeps, of one image."""
+    key = f"predictions/{evaluation_id}-1.parquet"
+    kept = predictions.Kept(["img_1"], ["cat/1.png"], np.array([0]), np.eye(1, 2, dtype=np.float32), ["cat", "dog"])
+    predictions.write(core.store, key, kept)
+    with core.transaction() as session:
+        session.add(
+            Evaluation(
+                id=evaluation_id,
+                owner=owner,
+                classifier_id=classifier_id,
+                dataset_id=dataset_id,
+                split="val",
+                head="own",
+                data_fingerprint=FINGERPRINT,
+                predictions_key=key,
+                images=1,
+                correct=b"\x80",
+            )
+        )

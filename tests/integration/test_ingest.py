@@ -17,11 +17,11 @@ from services.captioner import ingest as module
 from services.captioner import placing
 from shared.core import Core
 from shared.datasets.archive import open_archive
-from shared.datasets.checks import check_classes, fingerprint
+from shared.datasets.checks import fingerprint
 from shared.datasets.classes import Split
 from shared.datasets.images import inspect
 from shared.datasets.limits import Limits
-from shared.datasets.splits import Labelled, assign
+from shared.datasets.splits import Labelled
 from shared.db.models import Dataset, Image, Job
 from shared.ids import new_id
 from shared.jobs import ledger
@@ -29,6 +29,7 @@ from shared.jobs.claim import Claim
 from shared.jobs.worker import Runner
 from shared.store.storage import Store
 from tests.integration.factories import add_dataset, archive, png
+from tests.on_lists import assign, check_classes
 
 
 def submitted(core: Core, content: bytes, **columns: Any) -> str:

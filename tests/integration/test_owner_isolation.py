@@ -15,7 +15,7 @@ from services.captioner.serving.batcher import Batcher
 from shared.auth import create_key
 from shared.core import Core
 from shared.db.models import ApiKey, Base, Classifier, Image
-from tests.integration.evaluations import add_predictions, card_of
+from tests.integration.evaluations import card_of
 from tests.integration.factories import (
     add_caption,
     add_checkpoint,
@@ -23,6 +23,7 @@ from tests.integration.factories import (
     add_dataset,
     add_group,
     add_job,
+    add_predictions,
     archive,
     caption_request,
     fine_tune_request,

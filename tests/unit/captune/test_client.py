@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from captune import CaptuneAPIError, Client, client
+from captune import CaptuneAPIError, Client, transport
 from shared.schemas.captions import CaptionJob
 from shared.schemas.common import JobEvent, Progress
 
@@ -49,7 +49,7 @@ DONE = f"event: done\ndata: {json.dumps(JOB)}\n\n"
 
 def test_events_are_parsed_field_by_field() -> None:
     text = 'id: 7\nevent: event\ndata: {"a":\ndata: 1}\n\n: a comment\n\nevent:event\ndata:{"a": 2}\n\ndata: 3\n\n'
-    assert list(client._sse(iter(text.split("\n")))) == [
+    assert list(transport.server_sent_events(iter(text.split("\n")))) == [
         ("event", "7", {"a": 1}),
         ("event", None, {"a": 2}),
         ("message", None, 3),
@@ -57,7 +57,7 @@ def test_events_are_parsed_field_by_field() -> None:
 
 
 def test_an_event_that_is_cut_off_is_not_delivered() -> None:
-    assert list(client._sse(iter(["id: 1", "event: event", 'data: {"a": 1}']))) == []
+    assert list(transport.server_sent_events(iter(["id: 1", "event: event", 'data: {"a": 1}']))) == []
 
 
 class Broken(httpx.SyncByteStream):

@@ -170,7 +170,7 @@ def test_links_devices_and_folders_in_zip(tmp_path: Path) -> None:
     result = opened(tmp_path, buffer.getvalue())
     assert contents(result) == {"good.jpg": b"/etc/passwd"}
     assert codes(result) == {"link": 1, "special_file": 1}
-    assert result.directories == ["d"]
+    assert list(result.folders) == ["d"]
 
 
 def test_encrypted_and_exotic_zip_entries(tmp_path: Path) -> None:

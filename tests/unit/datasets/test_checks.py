@@ -5,11 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.datasets.checks import check_classes, fingerprint
+from shared.datasets.checks import fingerprint
 from shared.datasets.classes import Split
 from shared.datasets.report import MAX_LISTED, Report
 from shared.datasets.splits import Labelled
 from shared.errors import InvalidInput
+from tests.on_lists import check_classes
 
 
 def image(class_name: str, split: Split = "train", number: int = 0, sha256: str = "") -> Labelled:

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.datasets.classes import Split
-from shared.datasets.splits import Labelled, assign, few_shot
+from shared.datasets.splits import Labelled, few_shot
 from shared.errors import InvalidInput
+from tests.on_lists import assign
 
 SAID: list[Split | None] = [None, None, None, "train", "val", "test"]
 

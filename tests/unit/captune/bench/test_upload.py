@@ -12,11 +12,11 @@ from captune.bench.data import Entry
 from captune.bench.upload import metadata, packed, too_large, unpacked_bytes
 from shared.datasets import limits
 from shared.datasets.archive import open_archive
-from shared.datasets.checks import check_classes
 from shared.datasets.images import inspect
 from shared.datasets.layout import plan
 from shared.datasets.metadata import is_metadata
-from shared.datasets.splits import Labelled, assign
+from shared.datasets.splits import Labelled
+from tests.on_lists import assign, check_classes
 from tests.unit.captune.bench.layouts import BUILD, picture
 
 
@@ -26,7 +26,7 @@ def test_the_server_reads_what_was_meant(name: str, tmp_path: Path) -> None:
     reading = read(name, tmp_path, 0)
     with packed(reading) as made:
         archive = open_archive(made.path, keep=is_metadata)
-        layout = plan(archive.names(), archive.kept, archive.directories, archive.report)
+        layout = plan(archive.names(), archive.kept, archive.folders, archive.report)
         contents = {member.path: member.read() for member in archive.members() if not is_metadata(member.path)}
     assert not archive.report.refusals
     assert not archive.report.skipped
@@ -74,7 +74,7 @@ def test_names_that_a_csv_must_quote(tmp_path: Path) -> None:
             entries.append(Entry(path, label, split))
     with packed(Reading(tmp_path, entries)) as made:
         archive = open_archive(made.path, keep=is_metadata)
-        layout = plan(archive.names(), archive.kept, archive.directories, archive.report)
+        layout = plan(archive.names(), archive.kept, archive.folders, archive.report)
     assert [(i.path, i.class_name, i.split) for i in layout.items] == [(e.path, e.label, e.split) for e in entries]
 
 
