@@ -9,5 +9,6 @@ journal.py   what was asked and what was acknowledged
 oracle.py    what must hold afterwards, of the journal, the database, the store, the queue
 processes.py what must hold of the processes: no zombie, nothing left over, no growth
 run.py       one schedule: load, faults, settling, verdict
+soak.py      one stack for long, a fault now and then: what grows
 report.py    the results file and the table
 """

@@ -22,11 +22,13 @@ def append(path: Path, outcome: Outcome) -> None:
 
 
 def read(path: Path) -> dict[int, Line]:
-    """The last line of each seed."""
-    if not path.exists():
-        return {}
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return {line["seed"]: line for line in lines}
+    """The last line of each seed; failed_before: whether an earlier one is there that failed."""
+    lines: dict[int, Line] = {}
+    for line in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
+        before = lines.get(line["seed"])
+        failed = before is not None and (before["failed_before"] or before["verdict"] != "passed")
+        lines[line["seed"]] = {**line, "failed_before": failed}
+    return lines
 
 
 def passed(lines: dict[int, Line]) -> int:
@@ -55,6 +57,7 @@ def table(lines: dict[int, Line]) -> str:
         "schedules": len(schedules),
         "passed": passed(lines),
         "failed_seeds": failed,
+        "failed_before": sorted(line["seed"] for line in schedules if line["failed_before"]),
         "faults": kinds.total(),
         "faults_by_group": dict(sorted(groups.items())),
         "edges_fired": fired.total(),
@@ -73,6 +76,7 @@ def table(lines: dict[int, Line]) -> str:
     rows += [
         "",
         f"{summary['schedules']} schedules, {summary['passed']} passed, {len(failed)} failed {failed or ''}",
+        f"of these passed after they had failed: {summary['failed_before'] or 'none'}",
         f"{summary['jobs']} jobs; {summary['jobs_interrupted']} of them took more than one attempt, "
         f"{summary['jobs_given_up']} were given up after failing too often",
         "meanwhile: " + ", ".join(f"{name} {count}" for name, count in sorted(actions.items())),

@@ -16,7 +16,7 @@ import pytest
 
 from shared.db.models import Job
 from tests.faults.bench import ROOT, Bench, during, soon
-from tests.faults.inject import FAULTS
+from tests.faults.inject import FAULTS, storage
 from tests.faults.inject.edges import Edges
 from tests.faults.inside import fault_points
 from tests.faults.inside.fault_points import EDGES, Edge, patch
@@ -141,16 +141,18 @@ def test_disarming(world: Bench) -> None:
         world.edges.arm("nowhere")
 
 
-def test_the_collector_runs_and_dies(world: Bench) -> None:
+def test_the_collector_runs_hangs_and_dies(world: Bench) -> None:
     for number in range(6):
         world.core.store.put_bytes(f"uploads/ds_{number}", b"nobody names me")
         os.utime(world.store_dir / "uploads" / f"ds_{number}", (1, 1))
     world.core.store.put_bytes("uploads/ds_young", b"")
     os.utime(world.store_dir / "uploads" / "ds_young", (1 << 33, 1 << 33))
-    with during(FAULTS["collector_killed"], world, RNG):
-        soon(lambda: any(each.process == "collector" for each in world.edges.fired()))
-    left = list((world.store_dir / "uploads").iterdir())
-    assert len(left) > 3, "it died before it had them all"
+    for number, fault in enumerate(("collector_hangs", "collector_dies"), 1):
+        with during(FAULTS[fault], world, RNG):
+            soon(lambda n=number: sum(each.process == storage.BESIDE for each in world.edges.fired()) == n)
+            time.sleep(0.1)
+            left = list((world.store_dir / "uploads").iterdir())
+        assert len(left) > 3, "it had not removed them all when it happened"
     with during(FAULTS["collector_runs"], world, RNG):
         soon(lambda: [file.name for file in (world.store_dir / "uploads").iterdir()] == ["ds_young"])
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 End = Callable[[], None]
 
 #: The stack's own processes, by the supervisor's names.
-PROCESSES = ("api", "worker-ingest", "worker-caption", "worker-fine_tune", "worker-evaluate", "reconciler")
-WORKERS = tuple(name for name in PROCESSES if name.startswith("worker-"))
+WORKERS = ("worker-ingest", "worker-caption", "worker-fine_tune", "worker-evaluate")
+PROCESSES = ("api", *WORKERS, "reconciler", "collector")
 
 
 @dataclass(frozen=True)

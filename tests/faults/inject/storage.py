@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 ROOT = Path(__file__).parents[3]
+BESIDE = "collector-beside"  # the stack's own is "collector"
 _COLLECT = """
 from shared.store.collector import Retention, collect
 from shared.config import CoreSettings
@@ -39,12 +40,13 @@ def lasting(name: str, action: str, *edges: str) -> Fault:
     return Fault(name, "storage", (1.0, 5.0), begin)
 
 
-def collector(name: str, *, killed: bool) -> Fault:
-    """A run of the collector beside the load, with an age that only its locks make safe; or one that dies in it."""
+def collector(name: str, action: str | None = None) -> Fault:
+    """A run of the collector beside the load, with an age that only its locks make safe; action: what befalls it while
+    it holds them."""
 
     def begin(world: "World", rng: random.Random) -> End:
-        armed = world.edges.arm("store_delete", "collector", after=rng.randint(0, 3)) if killed else None
-        env = {**world.stack.env, "CAPTUNE_WORKER": "collector"}
+        armed = world.edges.arm("store_delete", BESIDE, action, after=rng.randint(0, 3)) if action else None
+        env = {**world.stack.env, "CAPTUNE_WORKER": BESIDE}
         with (world.state_dir / "logs" / "collector.log").open("ab") as out:
             argv = [sys.executable, "-c", _COLLECT]
             process = subprocess.Popen(argv, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
@@ -65,8 +67,9 @@ FAULTS = [
     lasting("storage_read_only", "raise:EROFS", "store_open", "store_sync"),  # folders are copied, not opened
     lasting("storage_unreadable", "raise:EIO", "store_read"),
     lasting("storage_slow", "sleep:0.7", "store_sync", "store_sync_all"),
-    collector("collector_runs", killed=False),
-    collector("collector_killed", killed=True),
+    collector("collector_runs"),
+    collector("collector_dies", "kill"),
+    collector("collector_hangs", "freeze:4"),
     at_edge(EDGES["store_sync"], "raise:ENOSPC", "storage", most_after=4, name="storage_full_once"),
     at_edge(EDGES["store_rename"], "raise:EROFS", "storage", most_after=4, name="storage_read_only_once"),
     at_edge(EDGES["store_sync"], "torn", "storage", most_after=4, name="storage_torn"),

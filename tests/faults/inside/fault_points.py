@@ -78,7 +78,7 @@ EDGES = {
         Edge("captions_written", "after", "services.captioner.captioning.writing:write", ("worker-caption",)),
         Edge("scored_written", "before", "services.evaluator.scoring.recording:Scored.write", ("worker-evaluate",)),
         # Anywhere: when the process is sent SIGUSR2.
-        Edge("poke", "before", "signal", ("api", *_WORKERS, "reconciler")),
+        Edge("poke", "before", "signal", ("api", *_WORKERS, "reconciler", "collector")),
     )
 }
 
