@@ -14,7 +14,7 @@ from tests.faults.world import World
 #: A process is compared with itself as it was after this many schedules: caches are full, every code path was taken.
 SETTLED_AFTER = 4
 #: It may have grown by so much since.
-RSS_FACTOR, RSS_BYTES, DESCRIPTORS = 1.25, 64 * 2**20, 12
+RSS_FACTOR, RSS_BYTES, DESCRIPTORS = 1.10, 48 * 2**20, 12
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
