@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from services.captioner.attributes.measure import measure
 from services.captioner.attributes.tag import KINDS, NEVER, Tagger, central, whole
-from shared.templates import display_name
+from shared.clip.templates import display_name
 
 SAMPLE = Path(__file__).resolve().parents[1] / "samples" / "clipart" / "train"
 

@@ -39,11 +39,11 @@ from services.embedded.servers import start_postgres, start_valkey
 from services.evaluator.board import leaderboard_query
 from services.evaluator.board.leaderboard import Board, header
 from services.evaluator.board.leaderboard_query import Asked, board_rows
-from shared.auth import Principal, create_key
 from shared.config import CoreSettings
 from shared.core import Core
 from shared.db.migrate import migrate
 from shared.leaderboard_version import bump
+from shared.web.auth import Principal, create_key
 
 POLLERS, PERIOD, TARGET_MS = 200, 2.0, 25.0  # PERIOD in seconds
 SETTINGS, OTHERS = 2000, 20

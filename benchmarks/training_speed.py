@@ -43,7 +43,7 @@ from services.trainer.methods.mmft import MMFT  # noqa: E402
 from services.trainer.training.data import TrainData  # noqa: E402
 from services.trainer.training.loop import train  # noqa: E402
 from services.trainer.training.memory import freed_blocks_kept  # noqa: E402
-from shared.clip import LoadedClip  # noqa: E402
+from shared.clip.loading import LoadedClip  # noqa: E402
 from shared.row_cache import RowCache  # noqa: E402
 
 FROZEN = ("zero_shot_ensemble", "caption_prototypes", "linear_probe", "gda", "prolip")

@@ -15,7 +15,7 @@ from services.trainer.training.losses import mmft_loss
 from services.trainer.training.memory import freed_blocks_kept
 from services.trainer.training.optim import freeze_batch_norm_statistics, parameter_groups, prefer_channels_last
 from services.trainer.training.randomness import generator
-from shared.clip import LoadedClip, encode_text_batch, encode_tokens, normalise, trim_padding
+from shared.clip.loading import LoadedClip, encode_text_batch, encode_tokens, normalise, trim_padding
 
 
 class Floor:

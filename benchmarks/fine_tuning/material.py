@@ -9,10 +9,10 @@ import open_clip
 import torch
 from PIL import Image
 
-from shared import local_dir
-from shared.clip import LoadedClip, load_clip
+from shared.clip import local_dir
+from shared.clip.loading import LoadedClip, load_clip
+from shared.clip.templates import display_name
 from shared.datasets.images import decode
-from shared.templates import display_name
 
 NORMALISE = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
 TEXT = """soft round bright striped pointed woven grey amber small heavy narrow glossy folded spotted curved long thin

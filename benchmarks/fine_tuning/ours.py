@@ -15,11 +15,11 @@ from services.trainer.methods.mmft import MMFT
 from services.trainer.training.data import TrainData
 from services.trainer.training.loop import StepReport, train
 from services.trainer.training.reports import TrainResult
-from shared.clip import LoadedClip, encode_image
+from shared.classifier.head import Head
+from shared.clip.embedder import Embedder
+from shared.clip.loading import LoadedClip, encode_image
+from shared.clip.pixels import load_pixels
 from shared.db.models import Image
-from shared.embedder import Embedder
-from shared.head import Head
-from shared.pixels import load_pixels
 from shared.row_cache import RowCache
 from shared.store.storage import Store
 

@@ -21,9 +21,9 @@ from fine_tuning.material import Material, Split, opened
 from services.trainer.methods.mmft import MMFTHyperparameters
 from services.trainer.training.losses import mmft_loss
 from services.trainer.training.optim import MAX_LOGIT_SCALE, freeze_batch_norm_statistics
-from shared.clip import LoadedClip
-from shared.head import Head
-from shared.templates import prefixed
+from shared.classifier.head import Head
+from shared.clip.loading import LoadedClip
+from shared.clip.templates import prefixed
 
 LOADERS = 4
 AT_ONCE = 256  # captions of a class in one forward

@@ -13,6 +13,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from services.captioner.placing import place
+from shared.clip.templates import display_name
 from shared.datasets import metadata
 from shared.datasets.archive import Archive, Member, open_archive
 from shared.datasets.catalogue import Names, Records
@@ -26,7 +27,6 @@ from shared.ids import new_id
 from shared.jobs.claim import Claim
 from shared.jobs.worker import Finish
 from shared.store.references import keep
-from shared.templates import display_name
 
 CHUNK: Final = 500  # images per commit
 CHUNK_BYTES: Final = 16 * MIB

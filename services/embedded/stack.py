@@ -22,11 +22,11 @@ from services.embedded.lock import prepare_state_dir
 from services.embedded.processes import log_tail
 from services.embedded.servers import start_postgres, start_valkey
 from services.embedded.supervisor import Supervisor
-from shared.auth import ensure_key, new_secret
 from shared.db.migrate import migrate
 from shared.db.session import Database
 from shared.errors import Conflict, Unavailable
 from shared.queue import KINDS
+from shared.web.auth import ensure_key, new_secret
 
 READY_SECONDS = 180.0
 MODEL_SECONDS = 60.0  # the default caption model needs about five

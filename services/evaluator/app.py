@@ -6,14 +6,15 @@ from fastapi import FastAPI
 from services.evaluator import routes
 from services.evaluator.board import routes_leaderboard
 from services.evaluator.prediction import routes_classifiers
-from shared import keys_routes, tracing
+from shared import tracing
 from shared.config import CoreSettings
 from shared.core import Core
 from shared.cpu import share_cores
 from shared.logging import configure
+from shared.web import keys
 from shared.web.api import create_api, settled
 
-ROUTERS = (routes.router, routes_classifiers.router, routes_leaderboard.router, keys_routes.router)
+ROUTERS = (routes.router, routes_classifiers.router, routes_leaderboard.router, keys.router)
 
 
 def create_app() -> FastAPI:

@@ -10,12 +10,12 @@ from starlette.background import BackgroundTask
 
 from services.evaluator.scoring import rescoring
 from services.evaluator.scoring.submission import submit
-from shared.auth import Reader, Writer
 from shared.db.models import Job
 from shared.jobs.routes import SubmissionDep, job_routes
 from shared.schemas import common
 from shared.schemas import evaluations as schema
 from shared.web.api import CoreDep
+from shared.web.auth import Reader, Writer
 
 router = APIRouter(prefix="/v1", tags=["evaluator"])
 

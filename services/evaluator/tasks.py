@@ -15,11 +15,11 @@ from services.evaluator.scoring.recording import Scored
 from services.evaluator.scoring.subject import OnBase, Subject, open_subject
 from services.evaluator.scoring.temperature import Temperature
 from services.evaluator.settings import EvaluatorSettings
-from shared.head import Head
+from shared.classifier.head import Head
+from shared.clip.warm import place, row_cache, warm_model
 from shared.jobs.claim import Claim
 from shared.jobs.worker import Finish
 from shared.schemas.evaluations import EvaluationRequest
-from shared.warm import place, row_cache, warm_model
 
 
 def evaluate(claim: Claim) -> Finish:

@@ -10,10 +10,10 @@ from services.trainer.methods.base import Fit, Frozen, Method
 from services.trainer.threads import threads_for
 from services.trainer.training.memory import forget_peak, peak_memory
 from services.trainer.training.reports import TrainResult
-from shared.clip import LoadedClip
+from shared.classifier.head import Head
+from shared.clip.loading import LoadedClip
+from shared.clip.projection import last_projection
 from shared.errors import InvalidInput
-from shared.head import Head
-from shared.projection import last_projection
 
 
 def fit(clip: LoadedClip, method: Method, features: Features, seed: int) -> TrainResult:

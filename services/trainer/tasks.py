@@ -20,14 +20,14 @@ from services.trainer.settings import TrainerSettings
 from services.trainer.training.data import TrainData
 from services.trainer.training.loop import train
 from services.trainer.training.reports import Diverged, TrainResult
-from shared.clip import LoadedClip
+from shared.clip.loading import LoadedClip
+from shared.clip.pixels import Pixels, load_pixels
+from shared.clip.warm import Warm, place, warm_model
 from shared.db.models import Image
 from shared.errors import InvalidInput
 from shared.jobs.claim import Claim
 from shared.jobs.worker import Finish
-from shared.pixels import Pixels, load_pixels
 from shared.schemas.fine_tuning import FineTuningRequest
-from shared.warm import Warm, place, warm_model
 
 STATE_OF_NO_USE = ("state_of_another_run", "state_unreadable")  # the saved one; training can begin without it
 

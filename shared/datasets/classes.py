@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Final, Literal
 
+from shared.clip.templates import display_name
 from shared.datasets.report import listed
 from shared.errors import InvalidInput
-from shared.templates import display_name
 
 Split = Literal["train", "val", "test"]
 SPLITS: Final[tuple[Split, ...]] = ("train", "val", "test")

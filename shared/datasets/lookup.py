@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shared.auth import Principal
 from shared.datasets.splits import few_shot
 from shared.db.models import Dataset, Image, Job
 from shared.errors import Conflict, NotFound
+from shared.web.auth import Principal
 
 
 def get_dataset(session: Session, who: Principal, dataset_id: str, *, lock: bool = False) -> Dataset:

@@ -9,10 +9,10 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, text
 
-from shared.auth import ensure_key
 from shared.config import CoreSettings
 from shared.db.session import Database
 from shared.logging import configure
+from shared.web.auth import ensure_key
 
 log = logging.getLogger(__name__)
 

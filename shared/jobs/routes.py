@@ -10,7 +10,6 @@ from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
-from shared.auth import Principal, Reader, Writer, hash_key
 from shared.core import Core
 from shared.db.models import Base, Job, JobEvent
 from shared.errors import NotFound
@@ -19,6 +18,7 @@ from shared.jobs.streams import EventStream, Position
 from shared.schemas import common
 from shared.web import idempotency
 from shared.web.api import After, CoreDep, IdempotencyKey, Limit, accepted
+from shared.web.auth import Principal, Reader, Writer, hash_key
 from shared.web.paging import page
 
 R = TypeVar("R", bound=common.JobResource)

@@ -25,11 +25,11 @@ from sqlalchemy import Row, text
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import Message, Receive, Scope, Send
 
-from shared import auth
 from shared.db.models import FINAL
 from shared.db.session import Database, answered_within
 from shared.errors import TooBusy
 from shared.schemas import common
+from shared.web import auth
 
 log = logging.getLogger(__name__)
 

@@ -10,16 +10,16 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 
 from shared import tracing
-from shared.auth import admit_metrics
 from shared.core import Core
 from shared.jobs.streams import Streams
-from shared.rate_limit import RateLimits
 from shared.web import health
 from shared.web.answers import Answers
 from shared.web.api_document import Api
+from shared.web.auth import admit_metrics
 from shared.web.body_limit import BodyLimit
 from shared.web.docs_pages import add_docs_pages
 from shared.web.problems import add_handlers
+from shared.web.rate_limit import RateLimits
 from shared.web.request_log import RequestLog
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]

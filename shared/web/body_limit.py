@@ -9,8 +9,8 @@ from sqlalchemy.exc import OperationalError
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shared.auth import admit_body, admit_upload
 from shared.errors import CaptuneError, Malformed, TooBusy, TooLarge, TooSlow, Unavailable
+from shared.web.auth import admit_body, admit_upload
 from shared.web.problems import database_unavailable, from_error
 
 # The routes whose bodies are streamed to disk; every other body is held in memory.

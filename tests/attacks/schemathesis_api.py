@@ -25,12 +25,12 @@ from sqlalchemy import select
 from services.captioner.app import lifespan
 from services.embedded.api import ROUTERS
 from services.embedded.servers import start_postgres, start_valkey
-from shared.auth import ensure_key, hash_key
 from shared.config import CoreSettings
 from shared.core import Core
 from shared.db.migrate import migrate
 from shared.db.models import ApiKey
 from shared.web.api import create_api
+from shared.web.auth import ensure_key, hash_key
 from tests.attacks.belongings import belongings
 
 HERE = Path(__file__).resolve().parent

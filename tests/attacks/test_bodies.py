@@ -13,9 +13,9 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from shared.auth import Scope, create_key
 from shared.core import Core
 from shared.web.api import create_api
+from shared.web.auth import Scope, create_key
 from shared.web.body_limit import HELD_BODIES, STRANGERS_BYTES, WRITTEN_BYTES, BodyLimit
 from tests.integration.conftest import ROUTERS
 from tests.integration.factories import archive

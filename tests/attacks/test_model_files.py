@@ -20,10 +20,10 @@ from services.captioner.engines.hf_loading import load as load_engine
 from services.captioner.engines.hub import locate
 from services.captioner.settings import EngineSpec
 from services.evaluator.prediction.importing import unpack
-from shared.classifier_card import CARD, HEAD, sha256_file
-from shared.clip import load_clip
+from shared.classifier.card import CARD, HEAD, sha256_file
+from shared.clip.loading import load_clip
+from shared.clip.local_dir import CONFIG, WEIGHTS
 from shared.errors import CaptuneError, InvalidInput
-from shared.local_dir import CONFIG, WEIGHTS
 from tests.integration.evaluations import Lab, write_folder
 from tests.integration.factories import add_dataset
 

@@ -19,10 +19,10 @@ from services.captioner import app as captioner
 from services.captioner.engines.openai_http import Wire
 from services.captioner.settings import EngineSpec
 from services.embedded.api import ROUTERS
-from shared.auth import create_key
 from shared.core import Core
 from shared.errors import CaptuneError
 from shared.web.api import create_api
+from shared.web.auth import create_key
 from tests.attacks.belongings import belongings
 from tests.integration.support import wait_for
 
@@ -35,7 +35,7 @@ OUTBOUND = {
     "services/captioner/engines/openai_http.py": "the model servers in CAPTUNE_ENGINES",
     "services/embedded/demo.py": "the stack it has started",
     "services/embedded/stack.py": "the stack it has started",
-    "shared/clip_tokens.py": "the model hub, for a tokenizer of open_clip's own list",
+    "shared/clip/tokens.py": "the model hub, for a tokenizer of open_clip's own list",
     "shared/store/storage.py": "the store, at STORAGE_URL",
 }
 LIBRARIES = {

@@ -16,9 +16,9 @@ import uvicorn
 from fastapi import APIRouter, Request, Response
 from starlette.responses import StreamingResponse
 
-from shared.auth import create_key
 from shared.core import Core
 from shared.web.api import create_api
+from shared.web.auth import create_key
 from shared.web.body_limit import PROGRESS_BYTES, BodyLimit
 from shared.web.serve import BoundedProtocol
 from tests.integration.conftest import ROUTERS

@@ -8,9 +8,9 @@ from jinja2.exceptions import SecurityError, UndefinedError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from services.captioner.prompts import check_template, render, render_shorter
+from shared.clip.templates import display_name
 from shared.errors import CaptuneError
 from shared.schemas.captions import Template
-from shared.templates import display_name
 
 HOSTILE = [
     "{__class__}",
@@ -96,5 +96,5 @@ KNOWN = {
     "services/embedded/backup.py": "names of our own tables",
     "services/evaluator/board/leaderboard_query.py": "parts of SQL, each a constant; values are bound",
     "shared/web/api_document.py": "names of schemas",
-    "shared/templates.py": "the prompt 'a photo of a {}.', and a class name as its argument",
+    "shared/clip/templates.py": "the prompt 'a photo of a {}.', and a class name as its argument",
 }

@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Row, func, select, text
 
-from shared.classifier import load_classifier
+from shared.classifier.folder import load_classifier
 from shared.core import Core
 from shared.db.models import (
     FINAL,

@@ -13,8 +13,8 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
-from shared.classifier import load_classifier
-from shared.clip import LoadedClip, load_clip
+from shared.classifier.folder import load_classifier
+from shared.clip.loading import LoadedClip, load_clip
 from shared.db.models import Job
 from shared.errors import Conflict
 from shared.store.collector import Retention, collect

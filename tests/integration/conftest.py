@@ -19,13 +19,13 @@ from services.captioner import routes as captioner_routes
 from services.embedded.servers import start_postgres, start_valkey
 from services.evaluator import app as evaluator
 from services.trainer import app as trainer
-from shared.auth import Scope, create_key
 from shared.config import CoreSettings
 from shared.core import Core
 from shared.db.migrate import migrate
 from shared.db.models import Base
 from shared.db.session import Database
 from shared.web.api import create_api
+from shared.web.auth import Scope, create_key
 from shared.web.serve import BoundedProtocol
 from tests.integration.captioner_server import CaptionerServer, captioner_server
 from tests.integration.support import DEAD_REDIS, JSON_LIMIT, UPLOAD_LIMIT, Api, Servers, client, wait_for
@@ -134,7 +134,7 @@ def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def lab(core: Core, model_root: Path, tmp_path: Path) -> Iterator[Any]:
     """A `tests.integration.evaluations.Lab`: the model "tiny", and room for its weights in an upload."""
-    from shared import warm
+    from shared.clip import warm
     from tests.integration.evaluations import Lab, open_model
 
     changes = {"model_roots": [model_root], "model_cache": tmp_path, "cache_bytes": 64 * 2**20}

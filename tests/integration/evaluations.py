@@ -12,14 +12,14 @@ from fastapi.testclient import TestClient
 from safetensors.torch import save_file
 from sqlalchemy import select
 
-from shared.classifier import CARD, CHANGED, HEAD, Classifier, ClassifierCard, Preprocessing, load_classifier
-from shared.classifier_card import sha256_file
-from shared.clip import LoadedClip, load_clip, preprocess_uint8, save_clip
+from shared.classifier.card import CARD, CHANGED, HEAD, ClassifierCard, Preprocessing, sha256_file
+from shared.classifier.folder import Classifier, load_classifier
+from shared.clip.loading import LoadedClip, load_clip, preprocess_uint8, save_clip
+from shared.clip.local_dir import WEIGHTS
 from shared.core import Core
 from shared.datasets.images import decode
 from shared.db.models import Evaluation, Image, Job, Score
 from shared.jobs.worker import Runner
-from shared.local_dir import WEIGHTS
 from shared.schemas.evaluations import EvaluationRequest
 from tests.integration.factories import FINGERPRINT, add_classifier, add_job, image_row, read_job
 from tests.tiny_clip import IMAGE_SIZE

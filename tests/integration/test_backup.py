@@ -14,7 +14,6 @@ from sqlalchemy import select
 from captune.cli import main
 from services.embedded.backup import DUMP, MANIFEST, STORE, backup, restore
 from services.embedded.servers import Server, start_postgres, start_valkey
-from shared.auth import create_key
 from shared.config import CoreSettings
 from shared.core import Core
 from shared.db.migrate import migrate
@@ -27,6 +26,7 @@ from shared.jobs.worker import Runner
 from shared.store.check import check
 from shared.store.collector import Retention, collect
 from shared.web.api import create_api
+from shared.web.auth import create_key
 from tests.integration.conftest import ROUTERS
 from tests.integration.factories import (
     LONG_AGO,

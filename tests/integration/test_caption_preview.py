@@ -12,13 +12,13 @@ from services.captioner.captioning.planning import asks
 from services.captioner.engines import build
 from services.captioner.serving.batcher import Batcher
 from services.captioner.settings import EngineSpec
-from shared.auth import create_key
-from shared.clip_tokens import token_counter
+from shared.clip.templates import prefixed
+from shared.clip.tokens import token_counter
 from shared.core import Core
 from shared.db.models import Caption, CaptionJobItem, Dataset, Image, Job
 from shared.schemas.captions import CaptionJobRequest
-from shared.templates import prefixed
 from shared.web.api import create_api
+from shared.web.auth import create_key
 from tests.integration.conftest import ROUTERS
 from tests.integration.factories import add_caption, add_dataset, add_job, caption_request
 from tests.integration.support import Api, client, wait_for

@@ -8,12 +8,12 @@ import pytest
 
 from services.captioner.captioning import job as caption_job_module
 from services.captioner.captioning.planning import check_redo
-from shared.auth import Principal
-from shared.clip_tokens import TokenCounter, token_counter
+from shared.clip.tokens import TokenCounter, token_counter
 from shared.core import Core
 from shared.db.models import Caption
 from shared.errors import CaptuneError
 from shared.schemas.captions import CaptionJobRequest, Redo
+from shared.web.auth import Principal
 from tests.integration.caption_jobs import (
     SENTENCE,
     caption_all,

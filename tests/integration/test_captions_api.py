@@ -11,11 +11,11 @@ from sqlalchemy import select, text
 from sqlalchemy.dialects import postgresql
 
 from services.captioner.routes.captions import Filters
-from shared.auth import create_key
-from shared.clip_tokens import token_counter
+from shared.clip.templates import prefixed
+from shared.clip.tokens import token_counter
 from shared.core import Core
 from shared.db.models import Caption, CaptionJobItem, Image
-from shared.templates import prefixed
+from shared.web.auth import create_key
 from tests.integration.factories import (
     add_caption,
     add_dataset,

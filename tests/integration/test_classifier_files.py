@@ -18,9 +18,9 @@ from PIL import Image as Picture
 from safetensors.torch import load_file, save_file
 
 from captune import Client
-from shared.classifier import load_classifier
-from shared.classifier_card import sha256_file
-from shared.clip import preprocess_uint8
+from shared.classifier.card import sha256_file
+from shared.classifier.folder import load_classifier
+from shared.clip.loading import preprocess_uint8
 from shared.datasets.images import decode
 from shared.db.models import Classifier
 from tests.integration.evaluations import Lab, write_folder

@@ -14,8 +14,8 @@ from services.evaluator.metrics import METRICS, score
 from services.evaluator.passes.caption_statistics import distinct_2
 from services.evaluator.scoring import predictions, temperature
 from services.evaluator.scoring.gathering import Sources, gather
-from shared.classifier_card import read_card
-from shared.clip import encode_image, encode_text
+from shared.classifier.card import read_card
+from shared.clip.loading import encode_image, encode_text
 from shared.core import Core
 from shared.db.models import Classifier, Dataset, Evaluation, Image, Job, LeaderboardVersion, Score
 from shared.jobs.worker import Runner

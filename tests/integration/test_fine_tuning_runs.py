@@ -17,14 +17,15 @@ from services.trainer import methods
 from services.trainer.methods.base import Batch
 from services.trainer.methods.flyp import FLYP
 from services.trainer.routes.submission import create_run, normalised
-from shared import warm
-from shared.classifier import load_classifier, read_card
-from shared.clip import encode_image, load_clip
+from shared.classifier.card import read_card
+from shared.classifier.folder import load_classifier
+from shared.clip import warm
+from shared.clip.loading import encode_image, load_clip
+from shared.clip.pixels import load_pixels
 from shared.core import Core
 from shared.datasets.lookup import draw_shots, split_images
 from shared.db.models import Caption, Checkpoint, Classifier, Dataset, Image, Job
 from shared.jobs.worker import Runner
-from shared.pixels import load_pixels
 from shared.row_cache import open_cache
 from shared.schemas.fine_tuning import FineTuningRequest
 from tests.integration.factories import (
@@ -188,8 +189,8 @@ def test_a_warm_worker_neither_loads_nor_embeds_again(
     def encoded(*_: object) -> None:
         raise AssertionError("embedded once more")
 
-    monkeypatch.setattr("shared.embedder.encode_image", encoded)
-    monkeypatch.setattr("shared.embedder.encode_tokens", encoded)
+    monkeypatch.setattr("shared.clip.embedder.encode_image", encoded)
+    monkeypatch.setattr("shared.clip.embedder.encode_tokens", encoded)
     for name in ("linear_probe", "gda", "zero_shot"):
         done(core, submit(name, shots=3))
     assert warm.loaded().misses == loads

@@ -16,11 +16,11 @@ from sqlalchemy import event, text, update
 
 from captune import cli
 from services.embedded.stack import stored_key
-from shared.auth import create_key, hash_key, revoke_key
 from shared.core import Core
 from shared.db.models import ApiKey
 from shared.errors import Conflict
 from shared.web.api import create_api
+from shared.web.auth import create_key, hash_key, revoke_key
 from tests.integration.conftest import ROUTERS
 from tests.integration.support import Api, client
 from tests.integration.test_web import assert_problem

@@ -12,9 +12,9 @@ from fastapi import FastAPI
 from sqlalchemy import select, text
 
 from services.captioner.serving.batcher import Batcher
-from shared.auth import create_key
 from shared.core import Core
 from shared.db.models import ApiKey, Base, Classifier, Image
+from shared.web.auth import create_key
 from tests.integration.evaluations import card_of
 from tests.integration.factories import (
     add_caption,

@@ -12,7 +12,7 @@ from services.captioner.captioning.planning import to_redo
 from services.captioner.captioning.writing import forget_comparisons, write
 from services.captioner.quality import passes
 from services.captioner.quality.passes import mark_duplicates, measure_agreement
-from shared import warm
+from shared.clip import warm
 from shared.core import Core
 from shared.db.models import Caption, CaptionJobItem, Image
 from shared.jobs import LeaseLost, ledger

@@ -11,11 +11,11 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from shared.auth import Scope, create_key
 from shared.config import CoreSettings
 from shared.core import Core
-from shared.rate_limit import AWAY_SECONDS, RateLimits
 from shared.web.api import create_api
+from shared.web.auth import Scope, create_key
+from shared.web.rate_limit import AWAY_SECONDS, RateLimits
 from tests.integration.conftest import ROUTERS
 from tests.integration.factories import archive
 from tests.integration.support import DEAD_REDIS
@@ -185,7 +185,7 @@ def test_without_redis_the_api_stays_open(
     url = type(core.settings.redis_url)(DEAD_REDIS if kind == "gone" else silent)
     app = limited(rate_limit="1/hour", failed_auth_limit="1/hour", redis_url=url)
     anna = at(app, key())
-    with caplog.at_level(logging.WARNING, logger="shared.rate_limit"):
+    with caplog.at_level(logging.WARNING, logger="shared.web.rate_limit"):
         began = time.monotonic()
         assert statuses(anna, 30) == [200] * 30
         assert time.monotonic() - began < 5, "it is waited for once, not by every request"

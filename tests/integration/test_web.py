@@ -11,9 +11,9 @@ from fastapi.testclient import TestClient
 
 from services.evaluator import app as evaluator
 from services.trainer import app as trainer
-from shared.auth import create_key
 from shared.core import Core
 from shared.web.api import create_api
+from shared.web.auth import create_key
 from shared.web.health import NotReady
 from tests.integration.conftest import ROUTERS
 from tests.integration.factories import add_dataset, archive, read_job

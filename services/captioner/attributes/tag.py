@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shared.starter import NORMALISE, imagenet_names, load_efficientnet
+from shared.clip.starter import NORMALISE, imagenet_names, load_efficientnet
 
 KIND_THRESHOLD = 0.70
 NAME_THRESHOLD = 0.85

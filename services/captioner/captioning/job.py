@@ -21,7 +21,7 @@ from services.captioner.quality.inspect import Inspector
 from services.captioner.quality.passes import mark_duplicates, measure_agreement
 from services.captioner.settings import CaptionWorkerSettings
 from services.captioner.transfer.importing import import_captions
-from shared.clip_tokens import token_counter
+from shared.clip.tokens import token_counter
 from shared.datasets.lookup import display_names
 from shared.db.models import Caption, CaptionJobItem, Dataset
 from shared.errors import InvalidInput

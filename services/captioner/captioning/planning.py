@@ -13,12 +13,12 @@ from sqlalchemy import ColumnElement, Select, exists, func, insert, literal, sel
 from sqlalchemy.orm import Session, aliased
 
 from services.captioner.prompts import characteristic_name, render
-from shared.auth import Principal
 from shared.core import Core
 from shared.datasets.splits import few_shot
 from shared.db.models import FINAL, Caption, CaptionJobItem, Image, Job
 from shared.errors import Conflict, InvalidInput, NotFound
 from shared.schemas.captions import CaptionJobRequest, Redo
+from shared.web.auth import Principal
 
 PAGE = 256  # images
 ASKED = 64  # characters of a key that say what the model was asked; the rest says how its answer is finished

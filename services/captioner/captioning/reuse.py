@@ -12,9 +12,9 @@ from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from services.captioner.captioning.planning import ASKED, Picture, Wanted, asks, to_redo
+from shared.clip.templates import display_name
 from shared.db.models import Caption, CaptionJobItem
 from shared.schemas.captions import CaptionJobRequest, Redo
-from shared.templates import display_name
 
 # One row per question, however many images have the same bytes: one that was finished alike, if there is one.
 _ANSWERED = text("""

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shared.clip import LoadedClip, encode_text
+from shared.clip.embedder import Embedder
+from shared.clip.loading import LoadedClip, encode_text
+from shared.clip.warm import warm_clip
 from shared.db.models import Image
-from shared.embedder import Embedder
 from shared.row_cache import RowCache
 from shared.store.storage import Store
-from shared.warm import warm_clip
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from services.captioner.quality.clean import clean, storable
 from services.captioner.quality.flags import flags, loops
 from services.captioner.quality.trim import shear, trim, without_cut_sentence
 from services.captioner.quality.words import Names, words
-from shared.clip_tokens import TokenCounter
+from shared.clip.templates import photo_of, prefixed
+from shared.clip.tokens import TokenCounter
 from shared.errors import InvalidInput
 from shared.schemas.captions import FLAGS, Flag
-from shared.templates import photo_of, prefixed
 
 FEWEST_WORDS = 5  # the least that a prompt asks for
 MAX_RAW = 8_000  # characters of an answer that are read; several times the longest caption one may ask for

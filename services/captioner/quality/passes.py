@@ -10,11 +10,11 @@ from typing import Any
 from sqlalchemy import Row, func, select, text
 
 from services.captioner.quality.duplicates import Duplicates
+from shared.clip.templates import display_name
 from shared.datasets.lookup import display_names
 from shared.db.models import Caption, CaptionJobItem, Dataset, Image, Job
 from shared.jobs.claim import Claim
 from shared.schemas.captions import FLAGS, Flag
-from shared.templates import display_name
 
 PAGE = 2000  # captions read or written at a time
 
@@ -55,7 +55,7 @@ def measure_agreement(claim: Claim, job_id: str, clip_model: str) -> dict[str, f
     rule). Keeps one embedding per image in memory: 200 MB for 100,000 images of 512 dimensions.
 
     -> means over the job's captions: clip_score, recall_at_1 and low_agreement (shares); and how many images and
-    captions. Raises what `shared.clip.load_clip` raises."""
+    captions. Raises what `shared.clip.loading.load_clip` raises."""
     from services.captioner.quality.agreement import agreements, clip_for_measuring, embed
     from shared.row_cache import open_cache
 

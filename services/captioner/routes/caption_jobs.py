@@ -8,7 +8,6 @@ from sqlalchemy.orm import Session
 from services.captioner.routes.preview import preview
 from services.captioner.routes.report import report
 from services.captioner.routes.submission import batchers_of, resolve
-from shared.auth import Reader, Writer
 from shared.db.models import Job
 from shared.ids import new_id
 from shared.jobs import ledger
@@ -16,6 +15,7 @@ from shared.jobs.routes import SubmissionDep, get_job, job_routes
 from shared.schemas import captions as schema
 from shared.schemas import common
 from shared.web.api import CoreDep
+from shared.web.auth import Reader, Writer
 
 router = APIRouter()
 

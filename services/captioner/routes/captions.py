@@ -10,8 +10,7 @@ from sqlalchemy.orm import Session
 
 from services.captioner.captioning.writing import forget_comparisons
 from services.captioner.quality.inspect import Inspected, Inspector
-from shared.auth import Principal, Reader, Writer
-from shared.clip_tokens import token_counter
+from shared.clip.tokens import token_counter
 from shared.core import Core
 from shared.datasets.lookup import display_names, get_dataset
 from shared.db.models import Caption, CaptionJobItem, Dataset, Image, Job
@@ -20,6 +19,7 @@ from shared.jobs.routes import get_job
 from shared.schemas import captions as schema
 from shared.schemas import common
 from shared.web.api import After, CoreDep, Limit
+from shared.web.auth import Principal, Reader, Writer
 from shared.web.paging import page
 
 router = APIRouter()

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from services.captioner.placing import dataset_fingerprint
-from shared.auth import Reader, Writer
+from shared.clip.templates import display_name
 from shared.datasets import classes
 from shared.datasets.archive import sniff
 from shared.datasets.images import MEDIA_TYPES
@@ -26,8 +26,8 @@ from shared.leaderboard_version import bump
 from shared.schemas import common
 from shared.schemas import datasets as schema
 from shared.store.references import keep
-from shared.templates import display_name
 from shared.web.api import After, CoreDep, Limit
+from shared.web.auth import Reader, Writer
 from shared.web.paging import page
 
 router = APIRouter()

@@ -14,14 +14,14 @@ from services.captioner.engines.base import CaptionRequest, Generation, fit
 from services.captioner.quality.inspect import Inspector
 from services.captioner.routes.submission import resolve
 from services.captioner.serving.batcher import Batcher
-from shared.auth import Principal
-from shared.clip_tokens import token_counter
+from shared.clip.tokens import token_counter
 from shared.core import Core
 from shared.datasets.images import decode
 from shared.datasets.lookup import display_names
 from shared.db.models import Image
 from shared.errors import InvalidInput, NotFound, Unavailable
 from shared.schemas.captions import CaptionJobRequest, CaptionPreview, CaptionPreviewRequest, PromptExample
+from shared.web.auth import Principal
 
 
 class _Plan(NamedTuple):

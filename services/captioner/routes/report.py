@@ -10,7 +10,7 @@ from sqlalchemy import Float, Select, case, func, select
 from sqlalchemy.orm import Session
 
 from services.captioner.routes.captions import render_caption
-from shared.clip_tokens import DEFAULT_CONTEXT
+from shared.clip.tokens import DEFAULT_CONTEXT
 from shared.db.models import Caption, CaptionJobItem, Image, Job
 from shared.schemas.captions import Caption as CaptionSchema
 from shared.schemas.captions import CaptionReport, Flag, TokenBin

@@ -12,8 +12,7 @@ from services.captioner.captioning.planning import check_redo
 from services.captioner.prompts import check_template
 from services.captioner.quality.inspect import Inspector
 from services.captioner.serving.batcher import Batcher
-from shared.auth import Principal
-from shared.clip_tokens import published, token_counter
+from shared.clip.tokens import published, token_counter
 from shared.config import CoreSettings
 from shared.datasets.lookup import display_names, usable_dataset
 from shared.datasets.report import listed
@@ -21,6 +20,7 @@ from shared.db.models import CaptionJobItem, Dataset, Job
 from shared.errors import InvalidInput
 from shared.jobs.routes import get_job
 from shared.schemas.captions import CaptionJobRequest, Redo, Template
+from shared.web.auth import Principal
 
 NEXT_SEED = 1009  # a redo is drawn anew: further than any job's samples reach, and prime
 MAX_SEED = 2**31 - 10  # exclusive

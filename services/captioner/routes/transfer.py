@@ -12,7 +12,6 @@ from sqlalchemy.orm import Session
 from services.captioner.routes.caption_jobs import render_caption_job
 from services.captioner.transfer.export import MEDIA_TYPES, WRITERS, Include, exported
 from services.captioner.transfer.parse import check, guess
-from shared.auth import Reader
 from shared.datasets.lookup import usable_dataset
 from shared.datasets.report import printable
 from shared.db.models import Dataset
@@ -22,6 +21,7 @@ from shared.jobs.routes import SubmissionDep, get_job
 from shared.schemas import captions as schema
 from shared.store.references import keep
 from shared.web.api import CoreDep, accepted
+from shared.web.auth import Reader
 
 router = APIRouter()
 

@@ -29,8 +29,8 @@ from services.captioner.serving.openai_schema import (
     StreamOptions,
 )
 from services.captioner.settings import CaptionerSettings
-from shared.auth import require
 from shared.errors import NotFound
+from shared.web.auth import require
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from services.captioner.quality.inspect import Inspector
 from services.captioner.quality.passes import mark_duplicates
 from services.captioner.transfer.matching import Claims, Matcher, Target
 from services.captioner.transfer.parse import Entry, Found, Refused, read
-from shared.clip_tokens import token_counter
+from shared.clip.tokens import token_counter
 from shared.datasets.lookup import display_names
 from shared.datasets.report import listed, printable
 from shared.db.models import Caption, CaptionJobItem, Dataset, Image

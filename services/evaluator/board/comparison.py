@@ -11,10 +11,10 @@ from services.evaluator.board.correctness import BitsCache, Floats, Pairing, Run
 from services.evaluator.board.leaderboard import Header
 from services.evaluator.board.leaderboard_query import runs_of_row
 from services.evaluator.board.significance import TwoWay
-from shared.auth import Principal
 from shared.errors import InvalidInput, NotFound
 from shared.schemas.common import Split
 from shared.schemas.evaluations import Comparison, Head
+from shared.web.auth import Principal
 
 RESAMPLES = 2000
 

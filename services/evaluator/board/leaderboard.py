@@ -14,10 +14,10 @@ from services.evaluator.board.correctness import Bits, BitsCache, Run
 from services.evaluator.board.leaderboard_query import Asked, board_rows
 from services.evaluator.board.ties import Contender, Ties
 from services.evaluator.metrics import METRICS
-from shared.auth import Principal
 from shared.db.models import Dataset, LeaderboardVersion
 from shared.errors import InvalidInput, NotFound
 from shared.schemas.evaluations import Leaderboard, LeaderboardRow
+from shared.web.auth import Principal
 
 FEW_SEEDS = 3
 

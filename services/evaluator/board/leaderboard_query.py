@@ -14,9 +14,9 @@ from typing import Any, Literal
 from sqlalchemy import TextClause, text
 from sqlalchemy.orm import Session
 
-from shared.auth import Principal
 from shared.schemas.common import Split
 from shared.schemas.evaluations import Head
+from shared.web.auth import Principal
 
 ROW_PROTOCOLS = ("none", "few_shot", "full")
 

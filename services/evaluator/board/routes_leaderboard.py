@@ -14,11 +14,11 @@ from services.evaluator.board.formats import to_csv, to_latex, to_markdown
 from services.evaluator.board.leaderboard import Board, check, header
 from services.evaluator.board.leaderboard import Header as BoardHeader
 from services.evaluator.board.leaderboard_query import Asked
-from shared.auth import Principal, Reader
 from shared.core import Core
 from shared.schemas import common
 from shared.schemas import evaluations as schema
 from shared.web.api import CoreDep
+from shared.web.auth import Principal, Reader
 
 router = APIRouter(prefix="/v1", tags=["evaluator"])
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from services.evaluator.passes.base import OnStep
-from shared.clip import LoadedClip
+from shared.clip.loading import LoadedClip
 
 _CALLS = {1: 11, 32: 3}  # batch -> timed calls, after one that warms up
 

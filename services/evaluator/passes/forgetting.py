@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from services.evaluator.passes.base import OnStep
-from shared.templates import photo_of
+from shared.clip.templates import photo_of
 
 LIMIT = 5000  # images
 

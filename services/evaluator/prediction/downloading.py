@@ -6,7 +6,7 @@ from typing import BinaryIO
 
 from services.evaluator.prediction import serving
 from services.evaluator.settings import EvaluatorSettings
-from shared.classifier_card import read_card
+from shared.classifier.card import read_card
 from shared.core import Core
 
 README = """\

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.classifier_card import CARD, CHANGED, HEAD
+from shared.classifier.card import CARD, CHANGED, HEAD
+from shared.clip.local_dir import CONFIG, TEXT_CONFIG, TOKENIZER_FILES, WEIGHTS
 from shared.datasets.archive import open_archive
 from shared.datasets.limits import Limits
 from shared.errors import InvalidInput
-from shared.local_dir import CONFIG, TEXT_CONFIG, TOKENIZER_FILES, WEIGHTS
 
 _README = "README.md"  # every download gets one anew
 _NAMES = {CARD, HEAD, CHANGED, CONFIG, WEIGHTS, _README, *TOKENIZER_FILES}

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from services.evaluator.prediction.model_size import check_size
 from services.evaluator.settings import EvaluatorSettings
-from shared.classifier import Classifier, ClassifierCard, load_classifier, write_standalone
-from shared.clip import LoadedClip, preprocess_uint8
+from shared.classifier.card import ClassifierCard
+from shared.classifier.folder import Classifier, load_classifier, write_standalone
+from shared.clip.loading import LoadedClip, preprocess_uint8
+from shared.clip.warm import place, warm_clip
 from shared.core import Core
 from shared.datasets.images import decode
 from shared.errors import InvalidInput
-from shared.warm import place, warm_clip
 
 _one = Lock()  # whole models in memory for a check or a download: one at a time, however many ask
 

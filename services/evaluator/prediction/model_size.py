@@ -10,8 +10,8 @@ import open_clip
 import torch
 from safetensors import SafetensorError, safe_open
 
-from shared import local_dir
-from shared.classifier_card import bad
+from shared.classifier.card import bad
+from shared.clip import local_dir
 
 _MAX_LAYERS = 1000
 _SLACK = 2**24  # numbers that no weights file holds: attention masks and the like

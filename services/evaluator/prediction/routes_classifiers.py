@@ -21,8 +21,7 @@ from services.evaluator.prediction.pictures import read_pictures
 from services.evaluator.prediction.serving import Predictor
 from services.evaluator.scoring.classes import check_classes
 from services.evaluator.settings import EvaluatorSettings
-from shared.auth import Principal, Reader
-from shared.classifier_card import ClassifierCard
+from shared.classifier.card import ClassifierCard
 from shared.core import Core
 from shared.datasets.archive import sniff
 from shared.datasets.lookup import display_names, usable_dataset
@@ -36,6 +35,7 @@ from shared.schemas import fine_tuning
 from shared.settings_key import setting_of
 from shared.store.references import keep
 from shared.web.api import CoreDep
+from shared.web.auth import Principal, Reader
 
 router = APIRouter(prefix="/v1/classifiers", tags=["evaluator"])
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from services.evaluator.settings import EvaluatorSettings
-from shared.classifier_card import ClassifierCard
+from shared.classifier.card import ClassifierCard
 from shared.core import Core
 from shared.errors import InvalidInput, TooBusy
 

@@ -8,10 +8,10 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shared.classifier_writer import write_folder
-from shared.clip import LoadedClip
+from shared.classifier.head import Head
+from shared.classifier.writing import write_folder
+from shared.clip.loading import LoadedClip
 from shared.db.models import Classifier, Dataset
-from shared.head import Head
 from shared.ids import new_id
 from shared.settings_key import setting_of
 from shared.store.storage import Store

@@ -18,14 +18,15 @@ from services.evaluator.scoring import bare
 from services.evaluator.scoring.gathering import Sources, labels_of
 from services.evaluator.scoring.subject import OnBase, Subject
 from services.evaluator.settings import EvaluatorSettings
-from shared.classifier import check_base, read_card
+from shared.classifier.card import read_card
+from shared.classifier.folder import check_base
+from shared.classifier.head import Head
+from shared.clip.pixels import load_pixels
+from shared.clip.warm import place, row_cache, warm_model
 from shared.datasets.lookup import display_names
 from shared.db.models import Image
-from shared.head import Head
 from shared.jobs.claim import Claim
-from shared.pixels import load_pixels
 from shared.schemas.evaluations import EvaluationRequest
-from shared.warm import place, row_cache, warm_model
 
 Measured = tuple[str, dict[str, float], dict[str, Any]]  # the pass's name, metrics, details
 

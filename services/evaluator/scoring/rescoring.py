@@ -8,13 +8,13 @@ from sqlalchemy.orm import Session
 from services.evaluator.metrics import Predictions, scores
 from services.evaluator.scoring import predictions, tables
 from services.evaluator.scoring.upserts import write_scores
-from shared.auth import Principal
 from shared.core import Core
 from shared.db.models import Classifier, Evaluation, Job
 from shared.errors import Conflict, TooLarge
 from shared.jobs.routes import get_job
 from shared.leaderboard_version import bump
 from shared.schemas import evaluations as schema
+from shared.web.auth import Principal
 
 MAX_LOGITS = 20_000_000  # images * classes: 160 MB a copy in the API's memory
 

@@ -10,16 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared.classifier import check_base, load_classifier, read_card, read_changed, read_head
-from shared.clip import LoadedClip, encode_image, encode_text, normalise
+from shared.classifier.card import read_card
+from shared.classifier.folder import check_base, load_classifier, read_changed, read_head
+from shared.classifier.head import Head
+from shared.clip.loading import LoadedClip, encode_image, encode_text, normalise
+from shared.clip.pixels import load_pixels
+from shared.clip.projection import last_projection
+from shared.clip.templates import photo_of
+from shared.clip.warm import Warm
 from shared.db.models import Image
-from shared.head import Head
-from shared.pixels import load_pixels
-from shared.projection import last_projection
 from shared.row_cache import RowCache
 from shared.store.storage import Store
-from shared.templates import photo_of
-from shared.warm import Warm
 
 OnChunk = Callable[[int], None]  # images done so far; may raise to stop
 _CHUNK = 256  # images that go through the model between two reports

@@ -3,7 +3,6 @@
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shared.auth import Principal
 from shared.datasets.lookup import usable_dataset
 from shared.db.models import Classifier, Dataset
 from shared.errors import Conflict, InvalidInput, NotFound
@@ -11,6 +10,7 @@ from shared.ids import new_id
 from shared.jobs import ledger
 from shared.jobs.routes import get_job
 from shared.schemas.evaluations import EvaluationRequest
+from shared.web.auth import Principal
 
 
 def submit(session: Session, who: Principal, body: EvaluationRequest) -> str:

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from shared.clip.templates import photo_of
 from shared.errors import InvalidInput
-from shared.templates import photo_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from services.trainer.features import Features
-    from shared.clip import LoadedClip
-    from shared.head import Head
+    from shared.classifier.head import Head
+    from shared.clip.loading import LoadedClip
 
 
 def unit(name: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from services.trainer.methods.base import Method, MethodHyperparameters, unit
 from services.trainer.methods.caption_texts import first_captions
-from shared.templates import photo_of, prefixed
+from shared.clip.templates import photo_of, prefixed
 
 
 class CaptionPrototypesHyperparameters(MethodHyperparameters):

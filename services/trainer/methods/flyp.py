@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from services.trainer.methods.base import Batch, FineTune
-from shared.templates import photo_of
+from shared.clip.templates import photo_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from services.trainer.methods.base import Fit, Frozen, MethodHyperparameters, unit
-from shared.templates import photo_of
+from shared.clip.templates import photo_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from services.trainer.features import Features
-    from shared.clip import LoadedClip
+    from shared.clip.loading import LoadedClip
 
 GRID = tuple(10.0**power for power in range(-4, 3))
 DEFAULT = 1.0  # without validation images
@@ -54,7 +54,7 @@ class GDA(Frozen):
         return [photo_of(display)]
 
     def fit(self, features: "Features", clip: "LoadedClip", seed: int) -> Fit:
-        from shared.head import Head
+        from shared.classifier.head import Head
 
         features.check_train(self.name)
         weight, bias = gaussian(features.train.double(), features.train_labels.long(), len(features.class_names))

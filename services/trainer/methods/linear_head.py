@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from services.trainer.methods.base import FineTune, FineTuneHyperparameters, unit
-from shared.templates import photo_of
+from shared.clip.templates import photo_of
 
 if TYPE_CHECKING:
     from torch import nn
 
     from services.trainer.features import Features
-    from shared.clip import LoadedClip
-    from shared.head import Head
+    from shared.classifier.head import Head
+    from shared.clip.loading import LoadedClip
 
 
 class LinearHeadHyperparameters(FineTuneHyperparameters):
@@ -42,7 +42,7 @@ class LinearHead(FineTune):
         return [photo_of(display)]
 
     def head(self, features: "Features", clip: "LoadedClip", seed: int) -> "nn.Linear | None":
-        from shared.head import Head
+        from shared.classifier.head import Head
 
         return trainable(Head.of_prototypes(features.prototypes, features.logit_scale))
 

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from services.trainer.methods.base import Fit, Frozen, MethodHyperparameters, unit
-from shared.templates import photo_of
+from shared.clip.templates import photo_of
 
 if TYPE_CHECKING:
     from services.trainer.features import Features
-    from shared.clip import LoadedClip
+    from shared.clip.loading import LoadedClip
 
 
 class LinearProbeHyperparameters(MethodHyperparameters):

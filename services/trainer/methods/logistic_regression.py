@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.trainer.features import Features
-from shared.head import Head
+from shared.classifier.head import Head
 
 GRID = tuple(10.0**power for power in range(-2, 7))  # inverse regularisation
 DEFAULT = 100.0  # without validation images

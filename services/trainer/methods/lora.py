@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from services.trainer.methods.base import Batch, FineTune, FineTuneHyperparameters, unit
-from shared.templates import photo_of
+from shared.clip.templates import photo_of
 
 if TYPE_CHECKING:
     from torch import Tensor

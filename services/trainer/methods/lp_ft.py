@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from services.trainer.features import Features
-    from shared.clip import LoadedClip
+    from shared.clip.loading import LoadedClip
 
 
 class LPFTHyperparameters(CrossEntropyHyperparameters):

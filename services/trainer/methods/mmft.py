@@ -27,7 +27,7 @@ from pydantic import Field
 
 from services.trainer.methods.base import Batch, FineTune, FineTuneHyperparameters, unit
 from services.trainer.methods.caption_texts import first_captions, with_sentences
-from shared.templates import photo_of, prefixed
+from shared.clip.templates import photo_of, prefixed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from services.trainer.methods.base import Fit, Frozen, MethodHyperparameters, unit
-from shared.templates import photo_of
+from shared.clip.templates import photo_of
 
 if TYPE_CHECKING:
     from services.trainer.features import Features
-    from shared.clip import LoadedClip
+    from shared.clip.loading import LoadedClip
 
 
 class ProLIPHyperparameters(MethodHyperparameters):
@@ -61,9 +61,9 @@ class ProLIP(Frozen):
         import torch
         import torch.nn.functional as F
 
+        from shared.classifier.head import Head
+        from shared.clip.projection import last_projection
         from shared.errors import InvalidInput
-        from shared.head import Head
-        from shared.projection import last_projection
 
         features.check_train(self.name, unprojected=True)
         hp, projection, device = self.hyperparameters, last_projection(clip), next(clip.model.parameters()).device

@@ -8,7 +8,7 @@ ImageNet by this sentence over the bare name.
 from collections.abc import Sequence
 
 from services.trainer.methods.base import Method
-from shared.templates import photo_of
+from shared.clip.templates import photo_of
 
 
 class ZeroShot(Method):

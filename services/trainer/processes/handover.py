@@ -26,8 +26,8 @@ from services.trainer.training.data import ImageRows, TrainData
 from services.trainer.training.parameters import state_on_cpu
 from services.trainer.training.reports import TrainResult
 from services.trainer.training.state import read_state, write_state
-from shared.clip import LoadedClip, load_clip, save_clip
-from shared.head import Head
+from shared.classifier.head import Head
+from shared.clip.loading import LoadedClip, load_clip, save_clip
 
 _ROWS = 256  # images copied at a time
 

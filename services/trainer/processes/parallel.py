@@ -24,7 +24,7 @@ from services.trainer.methods.base import FineTune
 from services.trainer.processes.handover import Events, Job, ask_for_snapshot, read_result, write_job
 from services.trainer.training.data import TrainData
 from services.trainer.training.reports import Diverged, EpochReport, Figures, StepReport, TrainResult
-from shared.clip import LoadedClip
+from shared.clip.loading import LoadedClip
 from shared.errors import InvalidInput, Unavailable
 
 log = logging.getLogger(__name__)

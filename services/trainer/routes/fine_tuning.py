@@ -11,7 +11,6 @@ from services.trainer.routes import soup_request
 from services.trainer.routes.rendering import render
 from services.trainer.routes.submission import create_run, ensure_baselines, resolve
 from shared import leaderboard_version
-from shared.auth import Principal, Reader, Writer
 from shared.datasets.lookup import usable_dataset
 from shared.db.models import FINAL, Checkpoint, Classifier, Evaluation, Job
 from shared.errors import Conflict, NotFound
@@ -19,6 +18,7 @@ from shared.jobs.routes import SubmissionDep, Where, get_job, job_routes
 from shared.schemas import common
 from shared.schemas import fine_tuning as schema
 from shared.web.api import After, CoreDep, Limit
+from shared.web.auth import Principal, Reader, Writer
 from shared.web.paging import page
 
 router = APIRouter(prefix="/v1", tags=["trainer"])

@@ -21,7 +21,6 @@ from services.trainer.routes.submission import (
     identity,
     normalised,
 )
-from shared.auth import Principal, Reader, Writer
 from shared.datasets.lookup import usable_dataset
 from shared.db.models import FINAL, Job, RunGroup
 from shared.errors import InvalidInput, NotFound
@@ -31,6 +30,7 @@ from shared.jobs.routes import SubmissionDep
 from shared.schemas import common
 from shared.schemas import fine_tuning as schema
 from shared.web.api import After, CoreDep, Limit, accepted
+from shared.web.auth import Principal, Reader, Writer
 from shared.web.paging import page
 
 MAX_RUNS = 1000  # of a group

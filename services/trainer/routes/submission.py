@@ -8,7 +8,6 @@ from sqlalchemy.orm import Session
 
 from services.trainer import methods
 from services.trainer.methods import Method
-from shared.auth import Principal
 from shared.db.models import FINAL, Classifier, Dataset, Job
 from shared.errors import Conflict, InvalidInput
 from shared.ids import new_id
@@ -16,6 +15,7 @@ from shared.jobs import ledger
 from shared.jobs.routes import get_job
 from shared.schemas.captions import EXCLUDED_BY_DEFAULT
 from shared.schemas.fine_tuning import FineTuningRequest, MethodSpec
+from shared.web.auth import Principal
 
 BASELINES = ("zero_shot", "zero_shot_ensemble")  # made once for each (data set, model), so that they are always ranked
 NAMES_NO_SETTING = ("metadata", "tags")

@@ -1,4 +1,4 @@
-"""Writes what a run made as a classifier's folder (layout and reader: shared/classifier.py)."""
+"""Writes what a run made as a classifier's folder (layout and reader: shared/classifier/folder.py)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Literal, Protocol
 from pydantic import BaseModel, JsonValue
 
 from services.trainer.training.reports import TrainResult
-from shared.classifier import ClassifierCard
-from shared.classifier_writer import write_folder
-from shared.clip import LoadedClip
+from shared.classifier.card import ClassifierCard
+from shared.classifier.writing import write_folder
+from shared.clip.loading import LoadedClip
 
 
 class Maker(Protocol):

@@ -3,7 +3,7 @@
 import torch
 
 from services.trainer.settings import TrainerSettings
-from shared.warm import place
+from shared.clip.warm import place
 
 
 def processes(settings: TrainerSettings) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from services.trainer.methods.base import Method
 from services.trainer.runs.gathering import Sources
-from shared.clip_tokens import token_counter
+from shared.clip.tokens import token_counter
 from shared.config import CoreSettings
 from shared.errors import CaptuneError
 from shared.jobs.claim import Claim

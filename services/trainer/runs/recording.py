@@ -12,7 +12,7 @@ from services.trainer.routes.submission import BASELINES
 from services.trainer.runs.checkpoints import Maker, write_classifier
 from services.trainer.runs.gathering import Sources
 from services.trainer.training.reports import TrainResult
-from shared.clip import LoadedClip
+from shared.clip.loading import LoadedClip
 from shared.db.models import Checkpoint, Classifier, Job
 from shared.ids import new_id
 from shared.jobs import ledger

@@ -21,16 +21,16 @@ from services.trainer.runs.gathering import Sources, val_images
 from services.trainer.runs.recording import Record, save_classifier
 from services.trainer.settings import TrainerSettings
 from services.trainer.training.reports import TrainResult
-from shared.classifier import load_classifier
-from shared.clip import LoadedClip, encode_image
+from shared.classifier.folder import load_classifier
+from shared.classifier.head import Head
+from shared.clip.loading import LoadedClip, encode_image
+from shared.clip.pixels import Pixels, load_pixels
+from shared.clip.warm import Warm, place, warm_model
 from shared.db.models import Classifier, Dataset
 from shared.errors import NotFound
-from shared.head import Head
 from shared.jobs.claim import Claim
 from shared.jobs.worker import Finish
-from shared.pixels import Pixels, load_pixels
 from shared.schemas.fine_tuning import FineTuningRequest
-from shared.warm import Warm, place, warm_model
 
 State = dict[str, Tensor]
 

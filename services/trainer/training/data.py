@@ -8,12 +8,12 @@ from torch import Tensor
 
 from services.trainer.methods.base import FineTune
 from services.trainer.training.prototypes import TextTable
-from shared.clip import LoadedClip
+from shared.clip.loading import LoadedClip
 from shared.errors import InvalidInput
 
 
 class ImageRows(Protocol):
-    """(N, 3, S, S) uint8 kept elsewhere than in memory, read some rows at a time (shared.pixels.Pixels)."""
+    """(N, 3, S, S) uint8 kept elsewhere than in memory, read some rows at a time (shared.clip.pixels.Pixels)."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...

@@ -13,9 +13,9 @@ from services.trainer.training.optim import Optimizer
 from services.trainer.training.parameters import Tower, Trained
 from services.trainer.training.randomness import derived_seed
 from services.trainer.training.reports import Diverged
-from shared.clip import LoadedClip, encode_text_batch, encode_tokens, normalise, trim_padding
+from shared.clip.loading import LoadedClip, encode_text_batch, encode_tokens, normalise, trim_padding
+from shared.clip.precision import bf16_pays
 from shared.errors import InvalidInput
-from shared.precision import bf16_pays
 
 log = logging.getLogger(__name__)
 

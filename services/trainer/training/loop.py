@@ -33,7 +33,7 @@ from services.trainer.training.randomness import derived_seed
 from services.trainer.training.reports import Diverged, EpochReport, Figures, StepReport, TrainResult
 from services.trainer.training.scoring import Scorer
 from services.trainer.training.state import read_state, write_state
-from shared.clip import LoadedClip
+from shared.clip.loading import LoadedClip
 from shared.errors import InvalidInput
 
 __all__ = ["Diverged", "EpochReport", "Figures", "Run", "StepReport", "TrainResult", "train"]

@@ -12,7 +12,7 @@ from services.trainer.methods.base import FineTune
 from services.trainer.training.adapters import Adapters, adaptable
 from services.trainer.training.optim import freeze_batch_norm_statistics, prefer_channels_last
 from services.trainer.training.randomness import derived_seed
-from shared.clip import LoadedClip
+from shared.clip.loading import LoadedClip
 from shared.errors import InvalidInput
 
 Tower = Literal["visual", "text"]

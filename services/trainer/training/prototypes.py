@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared.clip import LoadedClip
+from shared.clip.loading import LoadedClip
 
 
 class TextTable:

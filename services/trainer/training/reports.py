@@ -9,8 +9,8 @@ from typing import Any, Self
 from torch import Tensor
 
 from services.trainer.methods.base import FineTune
+from shared.classifier.head import Head
 from shared.errors import InvalidInput
-from shared.head import Head
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from services.trainer.training.feeding import Feed
 from services.trainer.training.gradients import Autocast
 from services.trainer.training.parameters import Trained, state_on_cpu
 from services.trainer.training.prototypes import class_prototypes
-from shared.clip import LoadedClip, encode_tokens, normalise
-from shared.head import Head
+from shared.classifier.head import Head
+from shared.clip.loading import LoadedClip, encode_tokens, normalise
 
 _BATCH = {"cpu": 64, "cuda": 256}
 

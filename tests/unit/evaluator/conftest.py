@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.clip import LoadedClip, load_clip
+from shared.clip.loading import LoadedClip, load_clip
 from tests.tiny_clip import write_tiny_clip
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from services.trainer.training.data import TrainData
-from shared.clip import LoadedClip, load_clip
+from shared.clip.loading import LoadedClip, load_clip
 from tests.tiny_clip import IMAGE_SIZE, write_tiny_clip
 
 CLASSES = ["red ball", "green ball", "blue ball"]

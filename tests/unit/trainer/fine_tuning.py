@@ -16,7 +16,7 @@ from services.trainer.training.loop import StepReport, TrainResult, train
 from services.trainer.training.losses import mmft_loss
 from services.trainer.training.prototypes import class_prototypes
 from services.trainer.training.state import read_state
-from shared.clip import LoadedClip, encode_tokens
+from shared.clip.loading import LoadedClip, encode_tokens
 
 # 10 images in batches of 4 are 3 steps an epoch
 HP: dict[str, Any] = {

@@ -6,8 +6,8 @@ import torch
 
 from services.trainer.training.averaging import SHARES, choose_share
 from services.trainer.training.loop import Run
-from shared.clip import encode_image
-from shared.head import Head
+from shared.classifier.head import Head
+from shared.clip.loading import encode_image
 from tests.unit.trainer.fine_tuning import Classes, Pairs, assert_same_weights, features_of, make, tune
 
 

@@ -17,10 +17,11 @@ from services.trainer.runs.checkpoints import write_classifier
 from services.trainer.training.data import TrainData
 from services.trainer.training.loop import train
 from services.trainer.training.reports import TrainResult
-from shared.classifier import CARD, CHANGED, HEAD, ClassifierCard, load_classifier, read_card
-from shared.clip import LoadedClip, encode_image, encode_text, load_clip
-from shared.local_dir import WEIGHTS
-from shared.projection import last_projection
+from shared.classifier.card import CARD, CHANGED, HEAD, ClassifierCard, read_card
+from shared.classifier.folder import load_classifier
+from shared.clip.loading import LoadedClip, encode_image, encode_text, load_clip
+from shared.clip.local_dir import WEIGHTS
+from shared.clip.projection import last_projection
 from tests.tiny_clip import write_tiny_clip
 from tests.unit.trainer.fine_tuning import features_of
 

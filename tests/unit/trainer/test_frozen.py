@@ -19,9 +19,9 @@ from services.trainer.methods.gda import gaussian
 from services.trainer.methods.logistic_regression import DEFAULT, GRID, Regression
 from services.trainer.threads import threads_for
 from services.trainer.training.memory import peak_memory
-from shared.clip import encode_image, normalise
+from shared.clip.loading import encode_image, normalise
+from shared.clip.projection import last_projection
 from shared.errors import InvalidInput
-from shared.projection import last_projection
 
 NAMES = ["a", "b", "c"]
 

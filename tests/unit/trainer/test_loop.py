@@ -10,7 +10,7 @@ from services.trainer.features import Features
 from services.trainer.methods import build
 from services.trainer.training.data import TrainData
 from services.trainer.training.loop import Diverged, EpochReport, StepReport, train
-from shared.clip import LoadedClip, encode_image
+from shared.clip.loading import LoadedClip, encode_image
 from shared.errors import InvalidInput
 from tests.unit.trainer.fine_tuning import (
     HP,

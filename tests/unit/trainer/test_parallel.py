@@ -21,8 +21,8 @@ from services.trainer.processes.handover import (
     write_result,
 )
 from services.trainer.training.loop import Diverged, StepReport, TrainResult, train
+from shared.classifier.head import Head
 from shared.errors import InvalidInput, Unavailable
-from shared.head import Head
 from tests.unit.trainer.fine_tuning import (
     HP,
     Classes,

@@ -11,7 +11,7 @@ from services.trainer.methods.base import FineTuneHyperparameters
 from services.trainer.training.adapters import adaptable
 from services.trainer.training.loop import Run
 from services.trainer.training.optim import layer_factors, parameter_groups, schedule
-from shared.clip import encode_image, encode_text, load_clip, save_clip
+from shared.clip.loading import encode_image, encode_text, load_clip, save_clip
 from shared.errors import InvalidInput
 from tests.unit.trainer.fine_tuning import Classes, HeadOnly, Pairs, features_of, make, tune
 

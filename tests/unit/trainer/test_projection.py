@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shared.clip import LoadedClip, encode_image, normalise
+from shared.clip.loading import LoadedClip, encode_image, normalise
+from shared.clip.projection import last_projection
 from shared.errors import InvalidInput
-from shared.projection import last_projection
 
 TEXT = {"context_length": 16, "vocab_size": 64, "width": 8, "heads": 2, "layers": 1}
 

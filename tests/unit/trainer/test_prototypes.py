@@ -5,7 +5,7 @@ from services.trainer.methods import build
 from services.trainer.training.data import RunTexts
 from services.trainer.training.prototypes import TextTable
 from services.trainer.training.randomness import generator
-from shared.clip import encode_text, encode_tokens
+from shared.clip.loading import encode_text, encode_tokens
 from tests.unit.trainer.fine_tuning import features_of
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from services.trainer.runs.soup import Ingredient, State, greedy
-from shared.head import Head
+from shared.classifier.head import Head
 
 
 def ingredient(id: str, value: float) -> Ingredient:

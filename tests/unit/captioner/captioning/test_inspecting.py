@@ -9,7 +9,7 @@ import pytest
 
 from services.captioner.captioning.inspecting import Inspecting
 from services.captioner.quality.inspect import Answer, Inspected, Inspector
-from shared.clip_tokens import token_counter
+from shared.clip.tokens import token_counter
 
 
 class Picky(Inspector):

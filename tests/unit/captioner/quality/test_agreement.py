@@ -9,8 +9,8 @@ from PIL import Image as Picture
 
 from services.captioner.quality import agreement
 from services.captioner.quality.agreement import Agreement, agreements, clip_for_measuring, embed
-from shared import embedder, warm
-from shared.clip import LoadedClip, encode_image, encode_text, preprocess_uint8
+from shared.clip import embedder, warm
+from shared.clip.loading import LoadedClip, encode_image, encode_text, preprocess_uint8
 from shared.db.models import Image
 from shared.store.storage import Store
 from tests.tiny_clip import write_tiny_clip

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.captioner.quality.inspect import FEWEST_WORDS, MAX_RAW, Answer, Inspector
-from shared.clip_tokens import token_counter
+from shared.clip.templates import prefixed
+from shared.clip.tokens import token_counter
 from shared.errors import InvalidInput
-from shared.templates import prefixed
 
 COUNTER = token_counter("starter", Path())
 CLASSES = ["golden retriever", "cat"]

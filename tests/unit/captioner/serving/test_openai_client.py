@@ -21,7 +21,7 @@ from services.captioner.engines.base import CaptionRequest, Engine, Generation
 from services.captioner.serving.batcher import Batcher
 from services.captioner.serving.chat import router
 from services.captioner.settings import CaptionerSettings, EngineSpec
-from shared.auth import Principal, authenticate
+from shared.web.auth import Principal, authenticate
 from tests import tiny_mllm
 from tests.unit.captioner.serving.echo import wait_for
 

@@ -2,11 +2,11 @@
 
     head.safetensors   "weight" (C, D), "bias" (C,) float32: logits = L2-normalised image embedding @ weight.T + bias
     captune.json       the card: class names, preprocessing, provenance, SHA-256 of every file with tensors
-    open_clip_config.json, open_clip_model.safetensors, ...   the model, where it was trained (shared/local_dir.py): any
-                       open_clip loads the folder as "local-dir:"
+    open_clip_config.json, open_clip_model.safetensors, ...   the model, where it was trained: any open_clip loads the
+                       folder as "local-dir:" (shared/clip/local_dir.py)
     changed.safetensors   or, where the model is the base model, the few tensors of it that were changed, if any
 
-Written by shared/classifier_writer.py, read by whoever scores or serves. Importing this costs no torch.
+Written by shared/classifier/writing.py, read by whoever scores or serves. Importing this costs no torch.
 """
 
 from collections.abc import Callable
@@ -14,42 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shared.classifier_card import (
+from shared.classifier.card import (
     CARD,
     CHANGED,
     HEAD,
     ClassifierCard,
-    Preprocessing,
     bad,
     check_file,
     read_card,
     sha256_file,
 )
+from shared.clip.local_dir import WEIGHTS
 from shared.errors import InvalidInput
-from shared.local_dir import WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from shared.clip import LoadedClip
-    from shared.head import Head
-
-__all__ = [
-    "CARD",
-    "CHANGED",
-    "HEAD",
-    "Classifier",
-    "ClassifierCard",
-    "LoadBase",
-    "Preprocessing",
-    "check_base",
-    "load_classifier",
-    "read_card",
-    "read_changed",
-    "read_head",
-    "sha256_file",
-    "write_standalone",
-]
+    from shared.classifier.head import Head
+    from shared.clip.loading import LoadedClip
 
 
 @dataclass(frozen=True)
@@ -65,7 +47,7 @@ class Classifier:
         normalised."""
         import torch
 
-        from shared.clip import normalise
+        from shared.clip.loading import normalise
 
         size = (3, self.clip.image_size, self.clip.image_size)
         if tuple(images.shape[1:]) != size:
@@ -103,7 +85,7 @@ def read_head(directory: Path, card: ClassifierCard, clip: "LoadedClip") -> "Hea
     InvalidInput."""
     import torch
 
-    from shared.head import Head
+    from shared.classifier.head import Head
 
     tensors = _read_tensors(directory / HEAD, card, {"weight", "bias"})
     weight, bias = tensors["weight"], tensors["bias"]
@@ -149,7 +131,7 @@ def write_standalone(classifier: Classifier, directory: Path) -> ClassifierCard:
     model; head.safetensors and the card stand beside. Returns the new card. Not atomic."""
     from safetensors.torch import save_file
 
-    from shared.clip import save_clip
+    from shared.clip.loading import save_clip
 
     save_clip(classifier.clip, classifier.clip.model.state_dict(), directory)
     head = {"weight": classifier.head.weight.contiguous(), "bias": classifier.head.bias.contiguous()}
@@ -161,7 +143,7 @@ def write_standalone(classifier: Classifier, directory: Path) -> ClassifierCard:
 
 
 def _own_clip(directory: Path, card: ClassifierCard) -> "LoadedClip":
-    from shared.clip import load_clip
+    from shared.clip.loading import load_clip
 
     check_file(directory / WEIGHTS, card.sha256)
     return load_clip(str(directory.resolve()), directory, [directory])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from shared.clip import LoadedClip, files_of, load_clip
+from shared.clip.embedder import Embedder
+from shared.clip.loading import LoadedClip, files_of, load_clip
 from shared.config import CoreSettings
-from shared.embedder import Embedder
 from shared.row_cache import RowCache, open_cache
 
 MODELS = 2  # base models in memory

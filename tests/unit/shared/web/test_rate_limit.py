@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from shared import rate_limit
-from shared.rate_limit import Counter, Limit, _address
+from shared.web import rate_limit
+from shared.web.rate_limit import Counter, Limit, _address
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared import local_dir
+from shared.clip import local_dir
 from shared.errors import Unavailable
 
 log = logging.getLogger(__name__)

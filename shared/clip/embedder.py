@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared.clip import LoadedClip, encode_image, encode_tokens, normalise
+from shared.clip.loading import LoadedClip, encode_image, encode_tokens, normalise
+from shared.clip.pixels import load_pixels, pixel_space
+from shared.clip.projection import last_projection
 from shared.db.models import Image
-from shared.pixels import load_pixels, pixel_space
-from shared.projection import last_projection
 from shared.row_cache import RowCache
 from shared.store.storage import Store
 

@@ -21,7 +21,7 @@ from shared.core import Core
 from shared.db.models import ApiKey
 from shared.errors import Conflict, Forbidden, InvalidInput, NotFound, Unauthorized
 from shared.ids import new_id
-from shared.rate_limit import RateLimits
+from shared.web.rate_limit import RateLimits
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Writes a classifier as a folder (layout and reader: shared/classifier.py)."""
+"""Writes a classifier as a folder (layout and reader: shared/classifier/folder.py)."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -12,10 +12,10 @@ from pydantic import JsonValue
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shared.classifier_card import CARD, CHANGED, HEAD, ClassifierCard, Preprocessing, sha256_file
-from shared.clip import LoadedClip, save_clip
-from shared.head import Head
-from shared.local_dir import WEIGHTS
+from shared.classifier.card import CARD, CHANGED, HEAD, ClassifierCard, Preprocessing, sha256_file
+from shared.classifier.head import Head
+from shared.clip.loading import LoadedClip, save_clip
+from shared.clip.local_dir import WEIGHTS
 
 
 def write_folder(

@@ -1,4 +1,4 @@
-"""shared/text_tower.py against open_clip's own `encode_text` on all 77 tokens."""
+"""shared/clip/text_tower.py against open_clip's own `encode_text` on all 77 tokens."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from open_clip.model import CustomTextCLIP
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
-from shared.clip import encode_tokens
-from shared.text_tower import encode_text_batch, trim_padding, used_columns
+from shared.clip.loading import encode_tokens
+from shared.clip.text_tower import encode_text_batch, trim_padding, used_columns
 from tests.tiny_clip import tiny_config
 
 TEXTS = ["a cat", "a photo of a small brown dog that lies on a green lawn.", "b", "words " * 90]
@@ -106,8 +106,8 @@ def test_columns_used_end_with_the_end_token() -> None:
 
 @pytest.mark.parametrize("budget", [1, 40, 100_000])
 def test_order_is_kept_whatever_is_encoded_together(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.text_tower.cpu_tokens", lambda: budget)
-    monkeypatch.setattr("shared.clip.cpu_tokens", lambda: budget)
+    monkeypatch.setattr("shared.clip.text_tower.cpu_tokens", lambda: budget)
+    monkeypatch.setattr("shared.clip.loading.cpu_tokens", lambda: budget)
     made, given = model(), tokens([*TEXTS, "c d e f g h", "a cat"])
     expected = made.encode_text(given, normalize=True)
     torch.testing.assert_close(encode_text_batch(made, given), expected, atol=1e-6, rtol=0)
@@ -115,7 +115,7 @@ def test_order_is_kept_whatever_is_encoded_together(budget: int, monkeypatch: py
 
 
 def test_bulk_encoding_batches_texts_of_like_length_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.clip.cpu_tokens", lambda: 40)
+    monkeypatch.setattr("shared.clip.loading.cpu_tokens", lambda: 40)
     made = model()
     given = tokens(["a", "words " * 90, "a b", "a b c d e f g h", "a b c", "b"])  # 3, 77, 4, 10, 5, 3 tokens
     seen: list[tuple[int, ...]] = []

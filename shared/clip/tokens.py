@@ -1,6 +1,6 @@
 """How many tokens a CLIP makes of a text, without torch and without the CLIP's weights: for processes that keep
-captions within a model's context but never run it. Names are those of `shared.clip.load_clip`, and the counts are those
-of the tokenizer it loads (open_clip's), before anything is cut off."""
+captions within a model's context but never run it. Names are those of `load_clip` (shared/clip/loading.py), and the
+counts are those of the tokenizer it loads (open_clip's), before anything is cut off."""
 
 import gzip
 import html
@@ -22,7 +22,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from shared.errors import InvalidInput, Unavailable
 
 DEFAULT_CONTEXT = 77  # open_clip's, where a config names none
-STARTER_CONTEXT = 77  # shared/starter.py
+STARTER_CONTEXT = 77  # shared/clip/starter.py
 _SPECIAL = ["<start_of_text>", "<end_of_text>"]
 _MERGES = 49152 - 256 - len(_SPECIAL)  # lines of the vocabulary file that CLIP uses (Radford et al. 2021)
 _WORD = regex.compile(
@@ -64,7 +64,7 @@ def token_counter(model: str, cache_dir: Path, model_roots: Sequence[Path] = ())
         hub_id = text_cfg.get("hf_tokenizer_name")
         return _counter(model, text_cfg, lambda: _from_hub(hub_id, cache_dir) if hub_id else None)
     if model.startswith(("local-dir:", "/", ".", "~")) or any((root / model).is_dir() for root in model_roots):
-        from shared import local_dir
+        from shared.clip import local_dir
 
         try:
             directory = local_dir.resolve(model, model_roots)

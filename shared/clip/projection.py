@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from shared.clip import LoadedClip
+from shared.clip.loading import LoadedClip
 from shared.errors import InvalidInput
 
 

@@ -13,20 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from shared.classifier import (
-    CARD,
-    CHANGED,
-    HEAD,
-    ClassifierCard,
-    Preprocessing,
-    load_classifier,
-    read_card,
-    sha256_file,
-    write_standalone,
-)
-from shared.clip import LoadedClip, encode_image, load_clip, save_clip
+from shared.classifier.card import CARD, CHANGED, HEAD, ClassifierCard, Preprocessing, read_card, sha256_file
+from shared.classifier.folder import load_classifier, write_standalone
+from shared.clip.loading import LoadedClip, encode_image, load_clip, save_clip
+from shared.clip.local_dir import WEIGHTS
 from shared.errors import InvalidInput
-from shared.local_dir import WEIGHTS
 from tests.tiny_clip import IMAGE_SIZE, write_tiny_clip
 
 NAMES = ["Red_Ball", "Green_Ball", "Blue_Ball"]
@@ -325,8 +316,7 @@ def test_a_checkpoint_of_another_architecture(own, tmp_path):
 
 
 def test_reading_the_card_costs_no_torch(own):
-    code = (
-        "import sys; from pathlib import Path; from shared.classifier import read_card; read_card(Path(sys.argv[1])); "
-    )
+    code = "import sys; from pathlib import Path; from shared.classifier.card import read_card; "
+    code += "read_card(Path(sys.argv[1])); "
     code += "assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code, str(own)], check=True, cwd=Path(__file__).resolve().parents[3])
+    subprocess.run([sys.executable, "-c", code, str(own)], check=True, cwd=Path(__file__).resolve().parents[4])

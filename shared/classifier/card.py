@@ -1,4 +1,4 @@
-"""The card of a classifier's folder (layout: shared/classifier.py), and how its files are checked. No torch."""
+"""The card of a classifier's folder (layout: shared/classifier/folder.py), and how its files are checked. No torch."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""shared/pixels.py and shared/embedder.py on real files."""
+"""shared/clip/pixels.py and shared/clip/embedder.py on real files."""
 
 import io
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image as Picture
 
-from shared import embedder, pixels
-from shared.clip import LoadedClip, encode_image, encode_text, load_clip, normalise, preprocess_uint8
+from shared.clip import embedder, pixels
+from shared.clip.embedder import Embedder
+from shared.clip.loading import LoadedClip, encode_image, encode_text, load_clip, normalise, preprocess_uint8
+from shared.clip.pixels import Pixels, load_pixels
+from shared.clip.projection import last_projection
 from shared.db.models import Image
-from shared.embedder import Embedder
 from shared.errors import NotFound
-from shared.pixels import Pixels, load_pixels
-from shared.projection import last_projection
 from shared.row_cache import RowCache
 from shared.store.storage import Store
 from tests.tiny_clip import IMAGE_SIZE, write_tiny_clip
@@ -189,10 +189,12 @@ def test_embeddings_are_computed_anew_once_images_become_other_pixels(
 ) -> None:
     Embedder(tiny, cache).images(store, images, quiet)
     computed: list[int] = []
-    monkeypatch.setattr("shared.embedder.encode_image", lambda clip, pixels: computed.append(len(pixels)) or pixels)
+    monkeypatch.setattr(
+        "shared.clip.embedder.encode_image", lambda clip, pixels: computed.append(len(pixels)) or pixels
+    )
     Embedder(tiny, cache).images(store, images, quiet)
     assert not computed
-    monkeypatch.setattr("shared.pixels._VERSION", 99)
+    monkeypatch.setattr("shared.clip.pixels._VERSION", 99)
     with pytest.raises((RuntimeError, ValueError)):  # what stands in gives pixels, which are no embeddings
         Embedder(tiny, cache).images(store, images, quiet)
     assert computed

@@ -7,13 +7,13 @@ from fastapi import APIRouter
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shared.auth import Admin, create_key, revoke_key
 from shared.db.models import ApiKey
 from shared.errors import Conflict
 from shared.schemas import common
 from shared.schemas import keys as schema
 from shared.web import idempotency
 from shared.web.api import After, CoreDep, IdempotencyKey, Limit
+from shared.web.auth import Admin, create_key, revoke_key
 from shared.web.paging import page
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"])

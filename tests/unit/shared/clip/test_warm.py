@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import warm
+from shared.clip import warm
 from tests.tiny_clip import write_tiny_clip
 
 

@@ -22,10 +22,10 @@ from torch import Tensor
 from torchvision.transforms import Compose
 from torchvision.transforms.functional import pil_to_tensor
 
-from shared import local_dir
+from shared.clip import local_dir
+from shared.clip.starter import ensure_starter
+from shared.clip.text_tower import cpu_tokens, encode_text_batch, spans, trim_padding, used_columns
 from shared.errors import InvalidInput, Unavailable
-from shared.starter import ensure_starter
-from shared.text_tower import cpu_tokens, encode_text_batch, spans, trim_padding, used_columns
 
 __all__ = [
     "LoadedClip",
@@ -84,7 +84,7 @@ class LoadedClip:
 
 
 class ImageRows(Protocol):
-    """(N, 3, S, S) uint8, read some rows at a time: a Tensor, or shared.pixels.Pixels."""
+    """(N, 3, S, S) uint8, read some rows at a time: a Tensor, or shared.clip.pixels.Pixels."""
 
     def __len__(self) -> int: ...
 

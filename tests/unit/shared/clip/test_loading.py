@@ -1,4 +1,5 @@
-"""shared/clip.py, local_dir.py, starter.py. No network; the starter is really built, once per version of its source."""
+"""shared/clip: loading.py, local_dir.py, starter.py. No network; the starter is really built, once per version of its
+source."""
 
 import hashlib
 import json
@@ -19,9 +20,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from shared import clip as clip_module
-from shared import local_dir, starter
-from shared.clip import (
+from shared.clip import loading, local_dir, starter
+from shared.clip.loading import (
     encode_image,
     encode_text,
     ensure_starter,
@@ -49,7 +49,7 @@ def cache_dir(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="module")
-def started(cache_dir: Path) -> clip_module.LoadedClip:
+def started(cache_dir: Path) -> loading.LoadedClip:
     return load_clip("starter", cache_dir)
 
 
@@ -68,7 +68,7 @@ def picture(size: tuple[int, int] = (90, 60)) -> Image.Image:
     return Image.fromarray(noise.numpy()).resize(size, Image.Resampling.BICUBIC)
 
 
-def test_starter_maps_the_classifiers_directions_onto_its_class_names(started: clip_module.LoadedClip) -> None:
+def test_starter_maps_the_classifiers_directions_onto_its_class_names(started: loading.LoadedClip) -> None:
     weight = starter.load_efficientnet().get_parameter("classifier.weight").detach()
     names = encode_text(started, [f"a photo of a {name}" for name in starter.imagenet_names()[::10]])
     head = started.model.visual.head
@@ -77,14 +77,14 @@ def test_starter_maps_the_classifiers_directions_onto_its_class_names(started: c
     assert hits.float().mean() > 0.9
 
 
-def test_starter_has_the_scale_of_its_cosines_and_states_its_activation(started: clip_module.LoadedClip) -> None:
+def test_starter_has_the_scale_of_its_cosines_and_states_its_activation(started: loading.LoadedClip) -> None:
     assert math.isclose(started.model.logit_scale.exp().item(), 1 / 0.07, rel_tol=1e-4)
     assert started.config["model_cfg"]["quick_gelu"] is False
     assert (started.name, started.image_size, started.mean, started.std) == ("starter", 224, (0.5,) * 3, (0.5,) * 3)
     assert not started.model.training
 
 
-def test_text_embeddings_keep_their_order_and_do_not_depend_on_the_batch(started: clip_module.LoadedClip) -> None:
+def test_text_embeddings_keep_their_order_and_do_not_depend_on_the_batch(started: loading.LoadedClip) -> None:
     texts = ["a photo of a truck.", "a dog", "a photo of a small brown puppy that lies on a green lawn in the sun."]
     together, alone = encode_text(started, texts), torch.cat([encode_text(started, [t]) for t in texts])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
@@ -94,7 +94,7 @@ def test_text_embeddings_keep_their_order_and_do_not_depend_on_the_batch(started
     torch.testing.assert_close(together, full.detach(), atol=1e-5, rtol=0)
 
 
-def test_preprocessing_is_the_models_own(started: clip_module.LoadedClip, cache_dir: Path) -> None:
+def test_preprocessing_is_the_models_own(started: loading.LoadedClip, cache_dir: Path) -> None:
     folder = ensure_starter(cache_dir)
     _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}", text_cfg=local_dir.read(folder)[1])
     image = picture((300, 200))
@@ -109,7 +109,7 @@ def test_preprocessing_is_the_models_own(started: clip_module.LoadedClip, cache_
 
 
 def test_saved_starter_is_loaded_by_plain_open_clip_wherever_it_is_moved(
-    started: clip_module.LoadedClip, tmp_path: Path
+    started: loading.LoadedClip, tmp_path: Path
 ) -> None:
     state = {key: value.clone() for key, value in started.model.state_dict().items()}
     state["logit_scale"] += 1
@@ -138,7 +138,7 @@ print(float(model.logit_scale), *row[0, :3].tolist())
 
 
 def test_our_loader_needs_neither_the_recorded_path_nor_a_hub(
-    started: clip_module.LoadedClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    started: loading.LoadedClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_clip(started, started.model.state_dict(), tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / local_dir.CONFIG).read_text())
@@ -279,7 +279,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_openai_weights_get_quick_gelu_and_the_checkpoint_says_so(
     published: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, "shared.clip"):
+    with caplog.at_level(logging.INFO, "shared.clip.loading"):
         loaded = load_clip("Tiny/openai", tmp_path)
     assert (loaded.name, loaded.config["model_cfg"]["quick_gelu"]) == ("Tiny-quickgelu/openai", True)
     assert "QuickGELU" in caplog.text

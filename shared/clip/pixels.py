@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.clip import LoadedClip, preprocess_uint8
+from shared.clip.loading import LoadedClip, preprocess_uint8
 from shared.datasets.images import decode
 from shared.db.models import Image
 from shared.row_cache import RowCache
