@@ -57,7 +57,7 @@ def rescore(id: str, core: CoreDep, who: Writer) -> Any:
 )
 def read_predictions(id: str, core: CoreDep, who: Reader) -> FileResponse:
     """Columns: image_id, path, label, logits; the class names stand in the file's metadata."""
-    with core.transaction() as session:
+    with core.db.snapshot() as session:
         key = rescoring.standing(session, who, id).predictions_key
     opened = ExitStack()
     path = opened.enter_context(core.store.local_file(key))

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
-from sqlalchemy import Connection, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
@@ -94,7 +94,9 @@ class Database:
             hide_parameters=True,  # of an error's text, which is logged: they hold users' texts and keys' hashes
             connect_args=arguments,
         )
-        self._autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")  # of the same pool
+        # Of the same pool.
+        self._autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._snapshot = self.engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
         @event.listens_for(self.engine, "do_connect")
         def connect(_dialect: Any, _record: Any, positional: Any, named: Any) -> _Connection:
@@ -116,8 +118,20 @@ class Database:
     def transaction(self) -> Iterator[Session]:
         """Commits when the block ends, rolls back when it raises. OperationalError where the database does not answer,
         or no connection came free in time."""
+        with self._session(self.engine) as session:
+            yield session
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Session]:
+        """For reading alone. All statements see one moment: what the first found is there for the next, though it may
+        be deleted meanwhile. Raises as `transaction`."""
+        with self._session(self._snapshot) as session:
+            yield session
+
+    @contextmanager
+    def _session(self, engine: Engine) -> Iterator[Session]:
         try:
-            with Session(self.engine, expire_on_commit=False) as session, session.begin():
+            with Session(engine, expire_on_commit=False) as session, session.begin():
                 yield session
         except PoolTimeout as error:
             raise OperationalError("waiting for a connection of the pool", None, error) from error

@@ -105,14 +105,14 @@ def job_routes(
             query = query.where(Job.dataset_id == dataset_id)
         if status is not None:
             query = query.where(Job.status == status)
-        with core.transaction() as session:
+        with core.db.snapshot() as session:
             rows, more = page(session, query, Job.id, after, limit)
             data = [render(session, row) for row in rows]
         return common.Page.of(data, more)
 
     @router.get("/{id}", response_model=model, summary="One job")
     def show(id: str, core: CoreDep, who: Reader) -> Any:
-        with core.transaction() as session:
+        with core.db.snapshot() as session:
             return render(session, get_job(session, who, kind, id))
 
     @router.get(
@@ -131,12 +131,12 @@ def job_routes(
         last_event_id: Annotated[str | None, Header()] = None,
         accept: Annotated[str, Header()] = "",
     ) -> Any:
-        await run_in_threadpool(_check, core, who, kind, id)
         if "text/event-stream" in accept:
+            await run_in_threadpool(_check, core, who, kind, id)
             start = Position(id, _start(last_event_id, after))
             done = partial(_rendered, core, id, render)
             return EventStream(request.app.state.streams, who.owner, _key_hash(who, request), start, done)
-        rows = await run_in_threadpool(_events_after, core, id, after, limit + 1)
+        rows = await run_in_threadpool(_events_after, core, who, kind, id, after, limit + 1)
         data = [common.JobEvent.model_validate(row) for row in rows[:limit]]
         return common.Page(data=data, has_more=len(rows) > limit, last_id=str(data[-1].seq) if data else None)
 
@@ -158,18 +158,19 @@ def job_routes(
 
 
 def _check(core: Core, who: Principal, kind: str, job_id: str) -> None:
-    with core.transaction() as session:
+    with core.db.snapshot() as session:
         get_job(session, who, kind, job_id)
 
 
-def _events_after(core: Core, job_id: str, seq: int, limit: int) -> list[JobEvent]:
-    with core.transaction() as session:
+def _events_after(core: Core, who: Principal, kind: str, job_id: str, seq: int, limit: int) -> list[JobEvent]:
+    with core.db.snapshot() as session:
+        get_job(session, who, kind, job_id)
         query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.seq > seq)
         return list(session.scalars(query.order_by(JobEvent.seq).limit(limit)).all())
 
 
 def _rendered(core: Core, job_id: str, render: Callable[[Session, Job], R]) -> R:
-    with core.transaction() as session:
+    with core.db.snapshot() as session:
         return render(session, session.get_one(Job, job_id))
 
 

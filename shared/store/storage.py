@@ -24,6 +24,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from shared.errors import NotFound, Unavailable, from_disk
+from shared.store.remote import Remote, answering
 
 _NUMBER = re.compile(r"\[Errno (\d+)\]")
 PART = ".part"  # ends the name of what is being written, or being removed
@@ -45,14 +46,15 @@ class Entry:
 
 
 class Store:
-    """Raises `NotFound` for a missing key, `Unavailable` (`StorageFull`) where a disk fails (is full) during a write,
-    `OSError` where the store itself fails otherwise."""
+    """Raises `NotFound` for a missing key, `Unavailable` (`StorageFull`) where a disk fails (is full) during a write or
+    an object store does not do as it is asked, `OSError` where a disk fails otherwise."""
 
     def __init__(self, url: str) -> None:
         # No memory of listings: other processes write and delete.
-        self.fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         self.root = root.rstrip("/")
-        self.local = isinstance(self.fs, LocalFileSystem)
+        self.local = isinstance(fs, LocalFileSystem)
+        self.fs: Any = fs if self.local else Remote(fs)
 
     def _path(self, key: str) -> str:
         if not key or key.startswith("/") or ".." in key.split("/"):
@@ -124,7 +126,7 @@ class Store:
         """Stream a file into the store; memory stays flat."""
         path = self._path(key)
         if not self.local:
-            with self.fs.open(path, "wb") as out:
+            with answering(writing=True), self.fs.open(path, "wb") as out:
                 shutil.copyfileobj(source, out, 1 << 20)
             return
         self._write_local(path, lambda out: shutil.copyfileobj(source, out, 1 << 20))
@@ -149,7 +151,7 @@ class Store:
         try:
             return cast(bytes, self.fs.cat_file(self._path(key)))
         except FileNotFoundError:
-            raise NotFound(f"the store has no object '{key}'; it was deleted or the store was replaced") from None
+            raise _missing(key) from None
 
     def exists(self, key: str) -> bool:
         return bool(self.fs.exists(self._path(key)))
@@ -233,14 +235,17 @@ class Store:
     def local_file(self, key: str) -> Iterator[Path]:
         """The object as a local path: itself on `file://`, else a temporary copy."""
         path = self._path(key)
-        if not self.exists(key):
-            raise NotFound(f"the store has no object '{key}'; it was deleted or the store was replaced")
         if self.local:
+            if not os.path.exists(path):
+                raise _missing(key)
             yield Path(path)
             return
         with tempfile.TemporaryDirectory(prefix="captune-") as folder:
             target = Path(folder) / path.rsplit("/", 1)[-1]
-            self.fs.get_file(path, str(target))
+            try:
+                self.fs.get_file(path, str(target))
+            except FileNotFoundError:
+                raise _missing(key) from None
             yield target
 
     def put_folder(self, key: str, source: Path) -> None:
@@ -269,14 +274,17 @@ class Store:
     def local_folder(self, key: str) -> Iterator[Path]:
         """The folder as a local path: itself on `file://`, else a temporary copy."""
         path = self._path(key)
-        if not self.exists(key):
-            raise NotFound(f"the store has no folder '{key}'; it was deleted or the store was replaced")
         if self.local:
+            if not os.path.exists(path):
+                raise _missing(key)
             yield Path(path)
             return
         with tempfile.TemporaryDirectory(prefix="captune-") as folder:
-            for remote in self.fs.ls(path, detail=False):
-                self.fs.get_file(remote, str(Path(folder) / remote.rsplit("/", 1)[-1]))
+            try:
+                for remote in self.fs.ls(path, detail=False):
+                    self.fs.get_file(remote, str(Path(folder) / remote.rsplit("/", 1)[-1]))
+            except FileNotFoundError:
+                raise _missing(key) from None
             yield Path(folder)
 
     def check(self) -> None:
@@ -286,14 +294,18 @@ class Store:
         self.delete(key)
 
 
+def _missing(key: str) -> NotFound:
+    return NotFound(f"the store has nothing at '{key}'; it was deleted or the store was replaced")
+
+
 def _aside(path: str) -> str:
     return f"{path}.{uuid4().hex}{PART}"
 
 
 def _modified(info: dict[str, Any]) -> float:
-    """S3 calls it LastModified, fsspec's memory store `created`."""
-    at: datetime | float = info.get("LastModified") or info["created"]
-    return at.timestamp() if isinstance(at, datetime) else at
+    """As S3 calls it."""
+    at: datetime = info["LastModified"]
+    return at.timestamp()
 
 
 def _sync_folder(path: str) -> None:

@@ -34,7 +34,8 @@ def once(
             code="idempotency_key_reused",
             param="Idempotency-Key",
         )
-    if session.get(of, row.resource_id) is None:
+    # Locked, so that it is there for as long as the answer is made of it.
+    if session.get(of, row.resource_id, with_for_update={"read": True, "key_share": True}) is None:
         raise Conflict(
             f"this Idempotency-Key made {row.resource_id}, which was deleted since; use a new key for a new request",
             code="resource_deleted",

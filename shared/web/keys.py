@@ -59,7 +59,7 @@ def _end(body: schema.KeyRequest) -> datetime | None:
 
 @router.get("", response_model=common.Page[schema.Key], summary="List API keys")
 def list_keys(core: CoreDep, who: Admin, after: After = None, limit: Limit = 100) -> Any:
-    with core.transaction() as session:
+    with core.db.snapshot() as session:
         rows, more = page(session, select(ApiKey), ApiKey.id, after, limit)
     return common.Page.of([schema.Key.model_validate(row) for row in rows], more)
 

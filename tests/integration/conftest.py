@@ -29,6 +29,7 @@ from shared.web.auth import Scope, create_key
 from shared.web.serve import BoundedProtocol
 from tests.integration.captioner_server import CaptionerServer, captioner_server
 from tests.integration.support import DEAD_REDIS, JSON_LIMIT, UPLOAD_LIMIT, Api, Servers, client, wait_for
+from tests.s3_server import S3Server, s3_server
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUTERS = (captioner_routes.router, *trainer.ROUTERS, *evaluator.ROUTERS)
@@ -49,6 +50,12 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         migrate(database)
         database.close()
         yield Servers(postgres.url, valkey.url)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    with s3_server() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

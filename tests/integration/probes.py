@@ -7,7 +7,24 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tests.integration.factories import archive
+from sqlalchemy import select
+
+from shared.core import Core
+from shared.db.models import Classifier, Image
+from shared.web.auth import create_key
+from tests.integration.evaluations import card_of
+from tests.integration.factories import (
+    add_caption,
+    add_checkpoint,
+    add_classifier,
+    add_dataset,
+    add_group,
+    add_job,
+    add_predictions,
+    archive,
+    caption_request,
+    fine_tune_request,
+)
 
 SSE = {"Accept": "text/event-stream", "Last-Event-ID": "0"}
 
@@ -39,6 +56,53 @@ class Things:
         for name, value in asdict(self).items():
             text = text.replace(value, f"<{name}>")
         return text
+
+
+def things_of(core: Core, owner: str) -> Things:
+    """One of every kind, on the very same pictures as everybody else's."""
+    word = f"{owner}sword"
+    classes = [{"name": name, "display_name": name} for name in ("cat", "dog", word)]
+    dataset = add_dataset(core, owner, images=1, classes=classes)
+    with core.transaction() as session:
+        image = session.scalars(select(Image).where(Image.dataset_id == dataset).order_by(Image.id)).first()
+        key, _ = create_key(session, owner=owner, name=word, scopes=("read",))
+    assert image is not None
+    about: dict[str, Any] = {"owner": owner, "dataset_id": dataset, "status": "succeeded"}  # a stream of events ends
+    group = add_group(core, dataset, owner=owner, name=word)
+    caption_job = add_job(core, "caption", request=caption_request(dataset), **about)
+    caption = add_caption(core, image, caption_job, text=f"a soft {word}")
+    fine_tuning_job = add_job(core, "fine_tune", request=fine_tune_request(dataset), group_id=group, **about)
+    checkpoint = add_checkpoint(core, fine_tuning_job)
+    core.store.put_bytes(f"classifiers/{owner}/captune.json", card_of().model_dump_json().encode())
+    classifier = add_classifier(
+        core,
+        dataset,
+        {"top1": 0.5},
+        owner=owner,
+        correct=[True, False],
+        **{"storage_key": f"classifiers/{owner}", "group_id": group, "tags": [word]},
+        **dict.fromkeys(("model", "method", "captioner", "suffix"), word),
+    )
+    evaluation = add_job(core, "evaluate", request={"classifier_id": classifier, "split": "val"}, **about)
+    add_predictions(core, evaluation, classifier, dataset)
+    with core.transaction() as session:
+        row = session.get_one(Classifier, classifier).setting
+    return Things(
+        dataset=dataset,
+        image=image.id,
+        caption_job=caption_job,
+        caption=caption,
+        fine_tuning_job=fine_tuning_job,
+        checkpoint=checkpoint,
+        classifier=classifier,
+        evaluation=evaluation,
+        group=group,
+        key=key.id,
+        row=row,
+        etag="",
+        idempotency_key=f"of {owner}",
+        word=word,
+    )
 
 
 @dataclass(frozen=True)

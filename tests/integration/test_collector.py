@@ -50,12 +50,12 @@ def here(core: Core, tmp_path: Path) -> Core:
     return Core(core.settings, core.db, core.queue, Store(f"file://{tmp_path}/store"))
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(params=["file", "s3"])
 def anywhere(request: pytest.FixtureRequest, here: Core) -> Core:
-    """On a disk, and on an object store (`memory://` stands for `s3://`)."""
+    """On a disk, and on an object store."""
     if request.param == "file":
         return here
-    return Core(here.settings, here.db, here.queue, Store(f"memory://{uuid4().hex}"))
+    return Core(here.settings, here.db, here.queue, Store(request.getfixturevalue("s3").url()))
 
 
 def removed(found: Collected) -> dict[str, int]:

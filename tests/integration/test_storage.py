@@ -3,16 +3,18 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
+from s3fs import S3FileSystem
 
-from shared.errors import NotFound, StorageFull
+from shared.errors import NotFound, StorageFull, Unavailable
 from shared.store import storage
 from shared.store.storage import Store, sha256
 from tests.integration.conftest import ROOT
+from tests.s3_server import S3Server, s3_server
 
 
 @pytest.fixture
@@ -20,10 +22,36 @@ def local(tmp_path: Path) -> Store:
     return Store(f"file://{tmp_path}/store")
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(params=["file", "s3"])
 def store(request: pytest.FixtureRequest, local: Store) -> Store:
-    """On a disk, and on an object store, where a key is no path (`memory://` stands for `s3://`)."""
-    return local if request.param == "file" else Store(f"memory://{uuid4().hex}")
+    """On a disk, and on an object store, where a key is no path."""
+    return local if request.param == "file" else Store(request.getfixturevalue("s3").url())
+
+
+def test_an_object_store_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(S3FileSystem, "retries", 1)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with s3_server() as server:
+        store = Store(server.url())
+        digest = store.put_blob(b"a")
+        server.stop()
+        calls: list[Callable[[], object]] = [
+            lambda: store.read_blob(digest),
+            lambda: store.put_bytes("uploads/x", b"b"),
+            lambda: store.put_file("uploads/x", io.BytesIO(b"b")),
+            lambda: store.exists("uploads/x"),
+            lambda: store.delete("uploads/x"),
+            lambda: list(store.entries("uploads")),
+            store.check,
+        ]
+        for call in calls:
+            with pytest.raises(Unavailable, match="the object store does not answer"):
+                call()
+
+
+def test_an_object_store_that_refuses_is_told(s3: S3Server) -> None:
+    with pytest.raises(Unavailable, match="or refuses"):
+        Store("s3://captune-nobody-made-this/prefix").put_bytes("uploads/x", b"b")
 
 
 def files(store: Store) -> list[str]:

@@ -71,5 +71,5 @@ router.include_router(job_routes("caption", "/caption_jobs", render_caption_job,
 )
 def report_caption_job(id: str, core: CoreDep, who: Reader) -> Any:
     """As they are now, edits included; also while the job runs."""
-    with core.transaction() as session:
+    with core.db.snapshot() as session:
         return report(session, get_job(session, who, "caption", id))

@@ -112,7 +112,7 @@ def list_captions(
     after: After = None,
     limit: Limit = 100,
 ) -> Any:
-    with core.transaction() as session:
+    with core.db.snapshot() as session:
         get_dataset(session, who, id)
         if filters.caption_job_id is not None:
             get_job(session, who, "caption", filters.caption_job_id)
@@ -126,7 +126,7 @@ def list_captions(
 
 @router.get("/captions/{id}", response_model=schema.Caption, summary="One caption; its version is the ETag")
 def show_caption(id: str, core: CoreDep, who: Reader, response: Response) -> Any:
-    with core.transaction() as session:
+    with core.db.snapshot() as session:
         row, image = _caption(session, who, id)
         item = _items(session, [id]).get(id)
     response.headers["ETag"] = _etag(row)

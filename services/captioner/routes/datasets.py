@@ -168,7 +168,7 @@ def list_images(
     split: common.Split | None = None,
     class_name: Annotated[str | None, Query(max_length=500)] = None,
 ) -> Any:
-    with core.transaction() as session:
+    with core.db.snapshot() as session:
         get_dataset(session, who, id)
         query = select(Image).where(Image.dataset_id == id)
         if split is not None:
@@ -187,7 +187,7 @@ def list_images(
     responses={200: {"content": {media_type: {} for media_type in MEDIA_TYPES}}},
 )
 def image_content(id: str, core: CoreDep, who: Reader) -> Response:
-    with core.transaction() as session:
+    with core.db.snapshot() as session:
         row = session.scalar(select(Image).where(Image.id == id, who.sees(Image.owner)))
     if row is None:
         raise NotFound(f"there is no image '{id}' among yours", param="id")

@@ -82,7 +82,7 @@ def _plan(batchers: Mapping[str, Batcher], core: Core, who: Principal, body: Cap
     images = reusable = calls = 0
     for page in planning.image_pages(core, selection):
         first = first or page[0]
-        with core.transaction() as session:
+        with core.db.snapshot() as session:
             survey = surveyor.survey(session, page)
         images += survey.images
         reusable += len(survey.links) + len(survey.copies)

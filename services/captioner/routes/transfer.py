@@ -106,7 +106,7 @@ def export_captions(
 ) -> StreamingResponse:
     """The captions as they are now, edits included, by image path. What was exported can be imported again; txt carries
     neither characteristics nor what is excluded."""
-    with core.transaction() as session:
+    with core.db.snapshot() as session:
         job = get_job(session, who, "caption", id)
         assert job.dataset_id is not None
         dataset_id, dataset = job.dataset_id, session.get_one(Dataset, job.dataset_id).name

@@ -35,7 +35,7 @@ def exported(core: Core, job_id: str, dataset_id: str, include: Include) -> Iter
     shared_stems = _shared_stems(core, dataset_id)
     last = ""
     while True:
-        with core.transaction() as session:
+        with core.db.snapshot() as session:
             page = select(Image.id, Image.path).where(Image.dataset_id == dataset_id, Image.path > last)
             images = session.execute(page.order_by(Image.path).limit(PAGE)).all()
             rows = session.execute(
@@ -70,7 +70,7 @@ def _shared_stems(core: Core, dataset_id: str) -> set[str]:
     stems = select(own.label("stem")).where(Image.dataset_id == dataset_id).subquery()
     repeated = select(stems.c.stem).group_by(stems.c.stem).having(func.count() > 1)
     whole = select(Image.path).where(Image.dataset_id == dataset_id, Image.path.in_(select(stems.c.stem)))
-    with core.transaction() as session:
+    with core.db.snapshot() as session:
         return {*session.scalars(repeated), *session.scalars(whole)}
 
 

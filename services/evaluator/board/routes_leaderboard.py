@@ -139,8 +139,7 @@ def _answer(
         return etag(RENDERING, asdict(head), owner, asked)
 
     def make() -> Rendered:
-        with core.transaction() as session:
-            session.connection(execution_options={"isolation_level": "REPEATABLE READ"})  # tag and body of one moment
+        with core.db.snapshot() as session:  # tag and body of one moment
             head = header(session, who, dataset_id)
             body, next_id = render(session, head)
         return Rendered(tag_of(head), body.encode(), next_id)

@@ -113,7 +113,7 @@ def _prediction(card: ClassifierCard, file: str, row: list[float], top_k: int) -
 
 
 def _storage_key(core: Core, who: Principal, id: str) -> str:
-    with core.transaction() as session:
+    with core.db.snapshot() as session:
         row = session.scalar(select(Classifier).where(Classifier.id == id, who.sees(Classifier.owner)))
         if row is None:
             raise NotFound(f"there is no classifier '{id}' among yours; GET /v1/classifiers lists them", param="id")

@@ -55,7 +55,7 @@ router.include_router(job_routes("fine_tune", "/fine_tuning/jobs", render, schem
     summary="What the job has saved",
 )
 def list_checkpoints(id: str, core: CoreDep, who: Reader, after: After = None, limit: Limit = 20) -> Any:
-    with core.transaction() as session:
+    with core.db.snapshot() as session:
         get_job(session, who, "fine_tune", id)
         rows, more = page(session, select(Checkpoint).where(Checkpoint.job_id == id), Checkpoint.id, after, limit)
     data = [schema.FineTuningCheckpoint.model_validate(row) for row in rows]
@@ -79,7 +79,7 @@ def list_classifiers(
         query = query.where(Classifier.group_id == group_id)
     if tag is not None:
         query = query.where(Classifier.tags.contains([tag]))
-    with core.transaction() as session:
+    with core.db.snapshot() as session:
         rows, more = page(session, query, Classifier.id, after, limit)
     data = [schema.Classifier.model_validate(row) for row in rows]
     return common.Page.of(data, more)
@@ -95,7 +95,7 @@ def _classifier(session: Session, who: Principal, id: str, *, lock: bool = False
 
 @router.get("/classifiers/{id}", response_model=schema.Classifier, summary="One classifier")
 def show_classifier(id: str, core: CoreDep, who: Reader) -> Any:
-    with core.transaction() as session:
+    with core.db.snapshot() as session:
         return schema.Classifier.model_validate(_classifier(session, who, id))
 
 

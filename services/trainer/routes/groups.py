@@ -183,7 +183,7 @@ def list_groups(
     query = select(RunGroup).where(who.sees(RunGroup.owner))
     if dataset_id is not None:
         query = query.where(RunGroup.dataset_id == dataset_id)
-    with core.transaction() as session:
+    with core.db.snapshot() as session:
         rows, more = page(session, query, RunGroup.id, after, limit)
         data = _render(session, rows)
     return common.Page.of(data, more)
@@ -191,7 +191,7 @@ def list_groups(
 
 @router.get("/{id}", response_model=schema.Group, summary="One group, and how its runs stand")
 def show_group(id: str, core: CoreDep, who: Reader) -> Any:
-    with core.transaction() as session:
+    with core.db.snapshot() as session:
         return _render_one(session, _group(session, who, id))
 
 
