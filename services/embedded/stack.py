@@ -74,6 +74,8 @@ class Stack:
         env.setdefault("CAPTUNE_SERVICE_TOKEN", given.get("CAPTUNE_SERVICE_TOKEN") or secrets.token_urlsafe(32))
         env.setdefault("CAPTUNE_CAPTIONER_URL", given.get("CAPTUNE_CAPTIONER_URL", self.url))
         env.setdefault("PYTHONUNBUFFERED", "1")
+        # glibc gives threads that come and go up to 8 heaps a core, each of which keeps what it once grew to.
+        env.setdefault("MALLOC_ARENA_MAX", given.get("MALLOC_ARENA_MAX", "2"))
         self.env = {**given, **env}
 
         self._say("preparing the database")

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 
 from services.captioner.captioning import job as caption_job_module
 from services.captioner.captioning.planning import check_redo
@@ -61,6 +62,27 @@ def test_the_same_bytes_in_another_data_set_are_not_asked_for_again(core: Core, 
         assert (row.provenance["job_id"], row.key) == (second, source.key)
         assert "wolf" in row.text, "made from what the model said, not from an edit of another data set"
         assert (row.flags, source.flags.count("names_other_class")) == (["names_other_class", *row.flags[1:]], 0)
+
+
+def test_captions_that_were_asked_for_otherwise_are_not_read(core: Core, server: CaptionerServer) -> None:
+    """A data set may have those of any number of jobs, and a worker's memory does not follow it."""
+    dataset_id = add_dataset(core, images=2)
+    caption_all(core, dataset_id)
+    read = []
+
+    def count(_: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if statement.startswith("SELECT captions.image_id, captions.key"):
+            read.append(cursor.rowcount)
+
+    event.listen(core.db.engine, "after_cursor_execute", count)
+    try:
+        assert done(core, submit(core, dataset_id, seed=1))["reused"] == 0
+        assert sum(read) == 0
+        assert len(read) >= 1
+        assert done(core, submit(core, dataset_id, seed=1))["reused"] == 8
+        assert sum(read) == 8
+    finally:
+        event.remove(core.db.engine, "after_cursor_execute", count)
 
 
 def test_nothing_is_ever_reused_across_owners(core: Core, server: CaptionerServer) -> None:

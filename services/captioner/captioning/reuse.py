@@ -93,11 +93,12 @@ class Surveyor:
     def survey(self, session: Session, images: Sequence[Picture]) -> Survey:
         """A few queries, whatever the number of images."""
         survey = Survey(len(images))
-        there = self._there(session, images)
         again: set[str] = set()
         if self._request.redo is None:
             pages = [(image, self.wanted(image)) for image in images]
+            there = self._there(session, images, {each.key for _, wanted in pages for each in wanted})
         else:
+            there = self._there(session, images)
             again = self._to_redo(session, self._request.redo, there)
             pages = self._redone(self._request.redo, images, there, again)
         missing: list[tuple[Picture, list[Wanted]]] = []
@@ -159,11 +160,16 @@ class Surveyor:
             pages.append((image, chosen))
         return pages
 
-    def _there(self, session: Session, images: Sequence[Picture]) -> dict[tuple[str, str], _There]:
-        """By (image, key). Two look-ups by an index each: PostgreSQL takes a job that is new for one of few captions,
-        and a join would read all that it has by now, for every page."""
+    def _there(
+        self, session: Session, images: Sequence[Picture], keys: Set[str] | None = None
+    ) -> dict[tuple[str, str], _There]:
+        """By (image, key); keys: these alone. Two look-ups by an index each: PostgreSQL takes a job that is new for one
+        of few captions, and a join would read all that it has by now, for every page."""
         query = select(Caption.image_id, Caption.key, Caption.id, Caption.characteristic)
-        rows = session.execute(query.where(Caption.image_id.in_([image.id for image in images]))).all()
+        query = query.where(Caption.image_id.in_([image.id for image in images]))
+        if keys is not None:
+            query = query.where(Caption.key == func.any(list(keys)))
+        rows = session.execute(query).all()
         jobs: dict[str, set[str]] = {}
         items = select(CaptionJobItem.caption_id, CaptionJobItem.job_id)
         for id, job_id in session.execute(items.where(CaptionJobItem.caption_id == func.any([row.id for row in rows]))):
