@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo up test faults lint audit schemathesis bench fuzz openapi migration compose-check clean
+.PHONY: help install demo up test faults soak lint audit schemathesis bench fuzz openapi migration compose-check clean
 
 help:
 	@echo "make demo           run the main job on the sample pictures (about 5 minutes after installing)"
 	@echo "make up             start everything on this machine until Ctrl-C"
 	@echo "make test           run every test against embedded servers"
 	@echo "make faults         1,000 seeded schedules of faults, going on where the last run stopped (goal=200 for fewer)"
+	@echo "make soak           half an hour of load with a fault now and then: what grows? (make soak minutes=300)"
 	@echo "make lint           ruff, mypy, import-linter"
 	@echo "make audit          bandit over the sources, known weaknesses of the dependencies (asks the package index)"
 	@echo "make schemathesis   schemathesis over the whole API, 10 minutes (make schemathesis minutes=60 examples=500)"
@@ -44,6 +45,10 @@ test: install
 faults: goal := 1000
 faults: install
 	@$(BIN)/python -m tests.faults --goal $(goal) --worlds 2 --results build/faults.jsonl
+
+soak: minutes := 30
+soak: install
+	@$(BIN)/python -m tests.faults.soak --minutes $(minutes)
 
 lint: install
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ next run is short. `--keep` leaves the stack up.
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import httpx
-from podman_stack import ROOT, Stack, install_tools, make_base, run, say
+from podman_stack import BASE_IMAGE, PROJECT, ROOT, Stack, install_tools, make_base, run, say
 
 from captune import tables
 from captune.client import Client
@@ -40,7 +41,9 @@ def check_exposure(stack: Stack) -> None:
     words = run(*ask_redis, "appendonly", "maxmemory-policy").split()
     options = dict(zip(words[::2], words[1::2], strict=True))  # Redis answers in an order of its own
     assert options == {"appendonly": "yes", "maxmemory-policy": "noeviction"}, options
-    assert httpx.get(f"{stack.url}/metrics").status_code == 404
+    closed = httpx.get(f"{stack.url}/metrics")
+    assert closed.status_code == 404
+    assert closed.headers["X-Content-Type-Options"] == "nosniff"
     assert httpx.get(f"{stack.url}/v1/datasets").status_code == 401
     say("one port, no root, append-only queue: as written")
 
@@ -65,7 +68,8 @@ def finish(client: Client, job: J, label: str) -> J:
     return job
 
 
-def main_job(stack: Stack, client: Client) -> None:
+def main_job(stack: Stack, client: Client) -> str:
+    """Returns the data set's id."""
     dataset = finish(client, client.push(SAMPLES, name="clipart", domain="clip art"), "ingest")
     captions = finish(client, client.caption(dataset_id=dataset.id, shots=4), "caption")
     runs = []
@@ -83,6 +87,39 @@ def main_job(stack: Stack, client: Client) -> None:
     assert {"mmft", "zero_shot"} <= {row.method for row in board.rows}, board
     assert next(row.n for row in board.rows if row.method == "mmft") == 2
     print(tables.leaderboard(board))
+    return dataset.id
+
+
+def backup_and_restore(stack: Stack, client: Client, dataset_id: str) -> None:
+    """As docs/operations.md has it, with everything removed in between."""
+    before = client.leaderboard(dataset_id)
+    dump, files, hold = stack.folder / "database.dump", stack.folder / "store.tar", f"{PROJECT}-hold"
+    collector = ["collector", "python", "-m", "shared.store.collector"]
+    run(*stack.compose, "run", "--no-deps", "--detach", f"--name={hold}", *collector, "hold")
+    deadline = time.monotonic() + 60
+    while "held" not in run("podman", "logs", hold):
+        assert time.monotonic() < deadline, "deletions are not held back"
+        time.sleep(0.5)
+    database = [*stack.compose, "exec", "-T", "postgres"]
+    tar = ["podman", "run", "--rm", "--interactive", f"--volume={PROJECT}_data:/data", BASE_IMAGE, "tar"]
+    with dump.open("wb") as out:
+        arguments = ["pg_dump", "--username", "captune", "--format", "custom", "captune"]
+        subprocess.run([*database, *arguments], stdout=out, check=True, cwd=ROOT)
+    with files.open("wb") as out:
+        subprocess.run([*tar, "--create", "--directory", "/data", "."], stdout=out, check=True)
+    run("podman", "rm", "--force", hold)
+    say(f"backed up: {dump.stat().st_size >> 10} KiB of rows, {files.stat().st_size >> 20} MiB of files")
+    stack.down()
+    stack.up("postgres", "redis")
+    with dump.open("rb") as given:
+        arguments = ["pg_restore", "--username", "captune", "--dbname", "captune", "--exit-on-error"]
+        subprocess.run([*database, *arguments], stdin=given, check=True, cwd=ROOT)
+    with files.open("rb") as given:
+        subprocess.run([*tar, "--extract", "--directory", "/data"], stdin=given, check=True)
+    stack.up()
+    say(run(*stack.compose, "run", "--no-deps", "--rm", *collector, "check").strip().splitlines()[-1])
+    assert client.leaderboard(dataset_id) == before, "the restored leaderboard is another"
+    say("restored: the leaderboard is what it was")
 
 
 def main() -> None:
@@ -101,7 +138,7 @@ def main() -> None:
             stack.up()
             check_exposure(stack)
             with Client(stack.url, stack.api_key) as client:
-                main_job(stack, client)
+                backup_and_restore(stack, client, main_job(stack, client))
         except BaseException:
             for name in stack.config():
                 say(f"last lines of {name}:\n{stack.logs(name)}")

@@ -152,9 +152,9 @@ class Stack:
                 sys.exit(f"compose-check: {service} is not {condition} after {seconds:.0f} s:\n{self.logs(service)}")
             time.sleep(1)
 
-    def up(self) -> None:
-        """Start every service once the conditions it names are met, as `docker compose up --detach` does."""
-        services = self.config()
+    def up(self, *only: str) -> None:
+        """Start every service, or these, once the conditions it names are met, as `docker compose up --detach` does."""
+        services = {name: service for name, service in self.config().items() if not only or name in only}
         started: set[str] = set()
         while len(started) < len(services):
             ready = {n for n, s in services.items() if started.issuperset(s.get("depends_on", {}))} - started

@@ -17,6 +17,7 @@ _WHY = {
     401: "no API key was sent, or one that is not valid",
     403: "the API key lacks the scope",
     404: "there is no such thing among yours",
+    408: "the body came too slowly",
     409: "it cannot be done in the state that things are in",
     413: "the body is too large",
     415: "the body is not JSON",
@@ -85,7 +86,7 @@ def _errors(path: str, method: str, operation: dict[str, Any]) -> Iterator[int]:
         return
     yield from (401, 403, 429, 503)
     if body:
-        yield from (400, 413)
+        yield from (400, 408, 413)
         if openai:
             yield 415
     if not openai and (body or "parameters" in operation):
@@ -104,7 +105,7 @@ def _requires_a_thing(operation: dict[str, Any]) -> bool:
 
 def _error(status: int, why: str, openai: bool) -> dict[str, Any]:
     content = {JSON if openai else PROBLEM: {"schema": _ref("ErrorResponse" if openai else "Problem")}}
-    if openai and status == 413:  # the limit on bodies stands before the route
+    if openai and status in (408, 413, 429):  # the limits on bodies stand before the route
         content[PROBLEM] = {"schema": _ref("Problem")}
     return {"description": why, "content": content, "headers": _headers(status)}
 
