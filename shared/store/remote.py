@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from shared.errors import Unavailable
+from shared.errors import Unavailable, from_disk
 
 log = logging.getLogger(__name__)
 
-WRITING = frozenset({"open", "pipe_file", "put_file"})
+WRITING = frozenset({"pipe_file", "put_file"})
 
 
 @contextmanager
@@ -26,7 +26,8 @@ def answering(*, writing: bool) -> Iterator[None]:
         if isinstance(error, Unavailable) or (isinstance(error, FileNotFoundError) and not writing):
             raise
         log.error("the object store failed", exc_info=error)
-        raise Unavailable(
+        # A copy is made on a disk of ours, which may be full.
+        raise (isinstance(error, OSError) and from_disk(error)) or Unavailable(
             "the object store does not answer, or refuses; try again, and if it lasts, tell whoever runs the server: "
             "its log has the reason",
             code="storage_failed",
@@ -35,7 +36,7 @@ def answering(*, writing: bool) -> Iterator[None]:
 
 
 class Remote:
-    """Every call of `fs` under `answering`. A file that `open` returns is not: its user is."""
+    """Every call of `fs` under `answering`. A file that `open` returns is not: who writes it says so."""
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs

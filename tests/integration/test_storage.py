@@ -12,6 +12,7 @@ from s3fs import S3FileSystem
 
 from shared.errors import NotFound, StorageFull, Unavailable
 from shared.store import storage
+from shared.store.remote import answering
 from shared.store.storage import Store, sha256
 from tests.integration.conftest import ROOT
 from tests.s3_server import S3Server, s3_server
@@ -47,6 +48,11 @@ def test_an_object_store_that_does_not_answer_is_told(monkeypatch: pytest.Monkey
         for call in calls:
             with pytest.raises(Unavailable, match="the object store does not answer"):
                 call()
+
+
+def test_a_full_disk_under_a_copy_is_told_as_one() -> None:
+    with pytest.raises(StorageFull), answering(writing=False):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_an_object_store_that_refuses_is_told(s3: S3Server) -> None:
