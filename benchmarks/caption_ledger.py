@@ -39,6 +39,7 @@ from shared.jobs import worker as job_worker
 from shared.jobs.claim import Claim
 from shared.jobs.worker import Finish, Runner
 from shared.schemas.captions import CaptionJobRequest
+from shared.store.disk import DiskStore
 from shared.store.storage import Store
 
 CLASSES, BLOBS, TARGET = 100, 8, 3000
@@ -68,7 +69,7 @@ class NullCaptioner:
         return Reply(f"The animal has a {' '.join(self._random.choices(WORDS, k=40))}.", "stop", 300, 60, 0.1)
 
 
-class FewBlobs(Store):
+class FewBlobs(DiskStore):
     """Every digest leads to one of a few objects."""
 
     def read_blob(self, digest: str) -> bytes:
@@ -177,7 +178,7 @@ def main() -> None:
         )
         core = Core.from_settings(settings)
         stack.callback(core.close)
-        core.store = FewBlobs(settings.storage_url)
+        core.store = FewBlobs(core.store.root)
         migrate(core.db)
         for number in range(BLOBS):
             core.store.put_bytes(Store.blob_key(f"{number:064x}"), b"\xff" * 100_000)

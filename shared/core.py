@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from shared.config import CoreSettings
 from shared.db.session import PING_SECONDS, WORKER_ANSWER_SECONDS, Database
 from shared.queue import JobQueue, connect
+from shared.store.opening import open_store
 from shared.store.references import may_delete
 from shared.store.storage import Store
 
@@ -34,7 +35,7 @@ class Core:
             settings=settings,
             db=Database(url, pool_size, statement_seconds=statement, answer_seconds=answer),
             queue=JobQueue(connect(settings.redis_url.get_secret_value())),
-            store=Store(settings.storage_url),
+            store=open_store(settings.storage_url),
         )
 
     @contextmanager

@@ -21,7 +21,7 @@ from shared.clip.loading import LoadedClip, encode_image
 from shared.clip.pixels import load_pixels
 from shared.db.models import Image
 from shared.row_cache import RowCache
-from shared.store.storage import Store
+from shared.store.disk import DiskStore
 
 
 class Ours:
@@ -29,7 +29,7 @@ class Ours:
 
     def __init__(self, clip: LoadedClip, material: Material, folder: Path, device: torch.device) -> None:
         self.clip, self.material, self.device = clip, material, device
-        self.store = Store(f"file://{folder / 'store'}")
+        self.store = DiskStore(folder / "store")
         self.cache = RowCache(folder / "rows", 20 << 30)
         self.images = {name: self._put(getattr(material, name)) for name in ("train", "val", "test")}
         self.labels = {name: torch.tensor(getattr(material, name).labels) for name in self.images}

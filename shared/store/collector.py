@@ -167,7 +167,8 @@ class _Run:
 
     def _remove(self, kind: str, entries: list[Entry]) -> None:
         store = self.core.store
-        for part in [[each] for each in entries] if store.local else [entries] if entries else []:
+        for start in range(0, len(entries), store.deletes_at_once):
+            part = entries[start : start + store.deletes_at_once]
             try:
                 if not self.dry_run:
                     store.delete(*(each.key for each in part))

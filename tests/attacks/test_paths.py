@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pytest
 
 from shared.core import Core
-from shared.store.storage import Store
+from shared.store.disk import DiskStore
 from tests.attacks.belongings import belongings
 from tests.integration.factories import archive
 from tests.integration.support import Api
@@ -141,6 +141,6 @@ def test_names_inside_an_export_stay_below_the_folder_it_is_unpacked_in(api: Api
 
 @pytest.mark.parametrize("key", ["", "/etc/passwd", "../up", "a/../../b", "uploads/.."])
 def test_the_store_itself_takes_no_key_that_climbs(tmp_path: Path, key: str) -> None:
-    store = Store(f"file://{tmp_path}")
+    store = DiskStore(tmp_path)
     with pytest.raises(ValueError, match="bad storage key"):
         store.put_bytes(key, b"")

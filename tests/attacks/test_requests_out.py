@@ -36,7 +36,7 @@ OUTBOUND = {
     "services/embedded/demo.py": "the stack it has started",
     "services/embedded/stack.py": "the stack it has started",
     "shared/clip/tokens.py": "the model hub, for a tokenizer of open_clip's own list",
-    "shared/store/storage.py": "the store, at STORAGE_URL",
+    "shared/store/opening.py": "the store, at STORAGE_URL",
 }
 LIBRARIES = {
     *("httpx", "requests", "urllib3", "aiohttp", "urllib.request", "http.client", "ftplib", "smtplib", "xmlrpc"),

@@ -41,7 +41,7 @@ def png(shade: int = 0) -> bytes:
 
 
 def archive(classes: Sequence[str] = ("cat", "dog"), per_class: int = 6) -> bytes:
-    """A zip of `class/file`, every picture different; the same bytes whenever it is made, as ZipInfo's date is fixed."""
+    """A zip of `class/file`, every picture different; the same bytes whenever it is made."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as packed:
         for i, name in enumerate(classes):

@@ -22,6 +22,8 @@ from shared.jobs import ledger
 from shared.jobs.worker import Runner
 from shared.store.check import check
 from shared.store.collector import Collected, Retention, collect
+from shared.store.disk import DiskStore
+from shared.store.opening import open_store
 from shared.store.references import COLLECTING, keep, may_delete, nothing_deleted
 from shared.store.storage import Store
 from tests.integration.factories import (
@@ -47,7 +49,7 @@ DAY = 86_400.0
 @pytest.fixture
 def here(core: Core, tmp_path: Path) -> Core:
     """The empty database with an empty store of its own."""
-    return Core(core.settings, core.db, core.queue, Store(f"file://{tmp_path}/store"))
+    return Core(core.settings, core.db, core.queue, DiskStore(tmp_path / "store"))
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -55,7 +57,7 @@ def anywhere(request: pytest.FixtureRequest, here: Core) -> Core:
     """On a disk, and on an object store."""
     if request.param == "file":
         return here
-    return Core(here.settings, here.db, here.queue, Store(request.getfixturevalue("s3").url()))
+    return Core(here.settings, here.db, here.queue, open_store(request.getfixturevalue("s3").url()))
 
 
 def removed(found: Collected) -> dict[str, int]:

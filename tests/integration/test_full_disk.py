@@ -13,7 +13,7 @@ from shared.core import Core
 from shared.db.models import Dataset, Job
 from shared.errors import StorageFull
 from shared.jobs.worker import Runner
-from shared.store.storage import Store
+from shared.store.disk import DiskStore
 from tests.integration.factories import archive, change_job, events_of, read_job
 from tests.integration.support import Api
 
@@ -22,7 +22,7 @@ Failing = Callable[[str, int], None]
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Failing:
-    """`failing("shared.store.storage.os.fsync", errno.ENOSPC)`"""
+    """`failing("shared.store.disk.os.fsync", errno.ENOSPC)`"""
 
     def fail(where: str, number: int) -> None:
         def refuse(*_: Any, **__: Any) -> None:
@@ -41,10 +41,10 @@ def upload(api: Api) -> Any:
 @pytest.mark.parametrize(
     ("where", "number", "status", "code"),
     [
-        ("shared.store.storage.os.fsync", errno.ENOSPC, 507, "storage_full"),
-        ("shared.store.storage.os.replace", errno.EDQUOT, 507, "storage_full"),
-        ("shared.store.storage.os.fsync", errno.EROFS, 503, "storage_failed"),
-        ("shared.store.storage.os.replace", errno.EIO, 503, "storage_failed"),
+        ("shared.store.disk.os.fsync", errno.ENOSPC, 507, "storage_full"),
+        ("shared.store.disk.os.replace", errno.EDQUOT, 507, "storage_full"),
+        ("shared.store.disk.os.fsync", errno.EROFS, 503, "storage_failed"),
+        ("shared.store.disk.os.replace", errno.EIO, 503, "storage_failed"),
         ("starlette.datastructures.UploadFile.write", errno.ENOSPC, 507, "storage_full"),  # the form, on its way in
         ("services.captioner.routes.datasets.sniff", errno.ENOSPC, 507, "storage_full"),  # anywhere else
     ],
@@ -69,7 +69,7 @@ def test_a_job_waits_for_room_and_goes_on(
 ) -> None:
     id = upload(api).json()["id"]
     with monkeypatch.context() as full:
-        full.setattr("shared.store.storage.sync_all", _full)
+        full.setattr("shared.store.disk.sync_all", _full)
         Runner(core, "ingest", "test").run(id)
     job = read_job(core, id)
     assert (job.status, job.failures, job.error) == ("queued", 1, None)
@@ -83,12 +83,10 @@ def _full(_: int) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize(
-    "where", ["shutil.copyfile", "shared.store.storage.os.fsync", "shared.store.storage.os.replace"]
-)
+@pytest.mark.parametrize("where", ["shutil.copyfile", "shared.store.disk.os.fsync", "shared.store.disk.os.replace"])
 def test_a_folder_that_does_not_fit_says_so(tmp_path: Path, failing: Failing, where: str) -> None:
     """`shutil.copytree` gathers its errors as text."""
-    store, source = Store(f"file://{tmp_path}/store"), tmp_path / "model"
+    store, source = DiskStore(tmp_path / "store"), tmp_path / "model"
     source.mkdir()
     (source / "weights").write_bytes(b"w")
     failing(where, errno.ENOSPC)

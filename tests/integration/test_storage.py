@@ -11,8 +11,10 @@ import pytest
 from s3fs import S3FileSystem
 
 from shared.errors import NotFound, StorageFull, Unavailable
-from shared.store import storage
-from shared.store.remote import answering
+from shared.store import disk
+from shared.store.disk import DiskStore
+from shared.store.object_store import answering
+from shared.store.opening import open_store
 from shared.store.storage import Store, sha256
 from tests.integration.conftest import ROOT
 from tests.s3_server import S3Server, s3_server
@@ -20,20 +22,20 @@ from tests.s3_server import S3Server, s3_server
 
 @pytest.fixture
 def local(tmp_path: Path) -> Store:
-    return Store(f"file://{tmp_path}/store")
+    return open_store(f"file://{tmp_path}/store")
 
 
 @pytest.fixture(params=["file", "s3"])
 def store(request: pytest.FixtureRequest, local: Store) -> Store:
     """On a disk, and on an object store, where a key is no path."""
-    return local if request.param == "file" else Store(request.getfixturevalue("s3").url())
+    return local if request.param == "file" else open_store(request.getfixturevalue("s3").url())
 
 
 def test_an_object_store_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(S3FileSystem, "retries", 1)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with s3_server() as server:
-        store = Store(server.url())
+        store = open_store(server.url())
         digest = store.put_blob(b"a")
         server.stop()
         calls: list[Callable[[], object]] = [
@@ -57,7 +59,7 @@ def test_a_full_disk_under_a_copy_is_told_as_one() -> None:
 
 def test_an_object_store_that_refuses_is_told(s3: S3Server) -> None:
     with pytest.raises(Unavailable, match="or refuses"):
-        Store("s3://captune-nobody-made-this/prefix").put_bytes("uploads/x", b"b")
+        open_store("s3://captune-nobody-made-this/prefix").put_bytes("uploads/x", b"b")
 
 
 def files(store: Store) -> list[str]:
@@ -95,7 +97,7 @@ def test_many_blobs_at_once(store: Store) -> None:
     assert known == sha256(b"known")
     assert [store.read_blob(sha256(data)) for data in blobs] == blobs
     assert store.put_blobs([]) == []
-    if store.local:
+    if isinstance(store, DiskStore):
         assert len(files(store)) == 4
 
 
@@ -106,21 +108,21 @@ def test_blobs_have_no_name_before_they_are_durable(local: Store, monkeypatch: p
         found = files(local)
         seen.append((sum(name.endswith(".part") for name in found), len(found)))
 
-    monkeypatch.setattr(storage, "sync_all", look)
+    monkeypatch.setattr(disk, "sync_all", look)
     local.put_blobs([b"one", b"two"])
     assert seen == [(2, 2), (0, 2)], "synced unnamed, then named"
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr(storage, "sync_all", full)
+    monkeypatch.setattr(disk, "sync_all", full)
     with pytest.raises(StorageFull):
         local.put_blobs([b"one", b"three"])
     assert len(files(local)) == 2, "what failed left nothing"
 
 
 def test_where_the_system_cannot_sync_all_each_blob_is_synced(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_syncfs", lambda: None)
+    monkeypatch.setattr(disk, "_syncfs", lambda: None)
     assert local.put_blobs([b"one", b"two"]) == [sha256(b"one"), sha256(b"two")]
     assert local.read_blob(sha256(b"two")) == b"two"
 
@@ -208,8 +210,8 @@ def test_a_folder_that_could_not_be_written_leaves_nothing(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from shared.store.storage import Store
-store = Store(sys.argv[1])
+from shared.store.opening import open_store
+store = open_store(sys.argv[1])
 class Source:
     calls = 0
     def read(self, size):

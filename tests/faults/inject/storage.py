@@ -1,5 +1,5 @@
 """What can become of the store: full, read-only, unreadable, slow, cut off within a file; or collected. At the edges of
-shared/store/storage.py, because permissions do not hold for root."""
+shared/store/disk.py, because permissions do not hold for root."""
 
 import random
 import subprocess

@@ -10,6 +10,7 @@ import pytest
 from services.evaluator.scoring import predictions
 from services.evaluator.scoring.predictions import Kept
 from shared.errors import InvalidInput
+from shared.store.disk import DiskStore
 from shared.store.storage import Store
 
 KEY = "predictions/eval_1-1.parquet"
@@ -17,7 +18,7 @@ KEY = "predictions/eval_1-1.parquet"
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(f"file://{tmp_path}")
+    return DiskStore(tmp_path)
 
 
 @pytest.fixture

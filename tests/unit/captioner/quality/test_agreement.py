@@ -12,7 +12,7 @@ from services.captioner.quality.agreement import Agreement, agreements, clip_for
 from shared.clip import embedder, warm
 from shared.clip.loading import LoadedClip, encode_image, encode_text, preprocess_uint8
 from shared.db.models import Image
-from shared.store.storage import Store
+from shared.store.disk import DiskStore
 from tests.tiny_clip import write_tiny_clip
 
 
@@ -54,7 +54,7 @@ def test_pictures_are_embedded_in_their_order(
     clip: LoadedClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedder, "_IMAGES", 2)
-    store = Store(f"file://{tmp_path / 'store'}")
+    store = DiskStore(tmp_path / "store")
     rows, pixels = [], []
     for shade in range(5):
         picture = Picture.new("RGB", (40, 30), (40 * shade, 200 - 40 * shade, 90))

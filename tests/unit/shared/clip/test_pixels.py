@@ -17,6 +17,7 @@ from shared.clip.projection import last_projection
 from shared.db.models import Image
 from shared.errors import NotFound
 from shared.row_cache import RowCache
+from shared.store.disk import DiskStore
 from shared.store.storage import Store
 from tests.tiny_clip import IMAGE_SIZE, write_tiny_clip
 
@@ -36,7 +37,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> LoadedClip:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(f"file://{tmp_path / 'store'}")
+    return DiskStore(tmp_path / "store")
 
 
 @pytest.fixture
