@@ -47,10 +47,10 @@ class Core:
         for kind, job_id in session.info.get("queued", ()):
             self.queue.enqueue(kind, job_id)
         if obsolete := session.info.get("obsolete"):
-            self._delete(obsolete)
+            self.discard(obsolete)
 
-    def _delete(self, keys: list[str]) -> None:
-        """What no row names any more. What was committed stands, whatever happens here: the collector does the rest."""
+    def discard(self, keys: list[str]) -> None:
+        """Deletes what no row names. What was committed stands, whatever happens here: the collector does the rest."""
         try:
             with self.db.transaction() as session:
                 if may_delete(session):

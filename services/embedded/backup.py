@@ -35,7 +35,8 @@ Say = Callable[[str], None]
 
 
 def backup(state_dir: Path, target: Path, say: Say) -> Manifest:
-    """Raises Conflict for a `target` that is not empty, NotFound where there is nothing to back up."""
+    """Raises Conflict for a `target` that is not empty, and where the database went away meanwhile, NotFound where
+    there is nothing to back up."""
     _check_empty(target, "a backup is made in a folder of its own: name one that does not exist yet")
     with reach(state_dir) as core, nothing_deleted(core.db):
         target.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -43,17 +44,20 @@ def backup(state_dir: Path, target: Path, say: Say) -> Manifest:
         rows = _dump(core, target / DUMP)
         say("copying the store")
         objects, size = _copy_out(core.store, target / STORE, say)
-        manifest = {"made_at": time.time(), "rows": rows, "objects": objects, "bytes": size}
-        os.sync()
-        (target / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        os.sync()
+    # Only here is it known that nothing was deleted meanwhile.
+    manifest = {"made_at": time.time(), "rows": rows, "objects": objects, "bytes": size}
+    os.sync()
+    (target / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    os.sync()
     return manifest
 
 
 def restore(source: Path, state_dir: Path, say: Say) -> Manifest:
     """Into a state directory that does not exist or is empty. Checks that every row is there, every object that a row
-    names, and that pictures are what they were; raises Unavailable where not."""
+    names, and that pictures are what they were; raises Unavailable where not. The dump is SQL that runs as the
+    database's owner: restore what you backed up yourself."""
     manifest = _manifest(source)
+    _refuse_links(source)
     _check_empty(state_dir, "a backup is restored into an empty directory: name another with --state-dir")
     with reach(state_dir, fresh=True) as core:
         if inspect(core.db.engine).get_table_names():
@@ -148,6 +152,12 @@ def _objects(store: Store, folder: str) -> Iterator[Entry]:
             yield from _objects(store, entry.key)
         else:
             yield entry
+
+
+def _refuse_links(source: Path) -> None:
+    """A backup has none; one that somebody put there would bring in a file of this machine."""
+    if link := next((path for path in source.rglob("*") if path.is_symlink()), None):
+        raise InvalidInput(f"{link} is a link, and a backup has none: this one was altered", code="backup_altered")
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 
-from services.embedded.processes import describe_exit, log_tail
+from services.embedded.processes import describe_exit, log_tail, rotate
 from services.embedded.servers import Server
 from shared.errors import CaptuneError, Unavailable
 
@@ -36,6 +36,7 @@ class Keeper:
         failures, started = 0, time.monotonic()
         while not self._stopping.wait(POLL):
             if (code := self.server.poll()) is None:
+                rotate(self.server.log_path)
                 continue
             if time.monotonic() - started >= STABLE:
                 failures = 0

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from services.embedded import launch
 
 log = logging.getLogger(__name__)
 
-MAX_LOG_BYTES = 10 * 2**20
+MAX_LOG_BYTES = 50 * 2**20
 PROC = Path("/proc")
 
 # Linux sends the parent-death signal when the *thread* that forked ends. This one lives as long as the interpreter,
@@ -59,10 +60,13 @@ def spawn(
 
 
 def rotate(path: Path) -> None:
-    """Moves a log that has grown past MAX_LOG_BYTES to NAME.log.1, over the one kept before."""
+    """Copies a log that has grown past MAX_LOG_BYTES to NAME.log.1, over the one kept before, and empties it: its
+    program has it open, to append. (What is written between the two is lost, and all of it on a full disk.)"""
     with suppress(FileNotFoundError):
         if path.stat().st_size > MAX_LOG_BYTES:
-            path.replace(path.with_name(path.name + ".1"))
+            with suppress(OSError):
+                shutil.copyfile(path, path.with_name(path.name + ".1"))
+            os.truncate(path, 0)
 
 
 def log_tail(path: Path, lines: int = 12) -> str:

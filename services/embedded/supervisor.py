@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.embedded.lock import StateLock, prepare_state_dir
-from services.embedded.processes import describe_exit, end_all, in_session, marked, signal_all, spawn
+from services.embedded.processes import describe_exit, end_all, in_session, marked, rotate, signal_all, spawn
 
 log = logging.getLogger(__name__)
 
@@ -158,3 +158,4 @@ class Supervisor:
             with self._mutex:
                 for child in self._children.values():
                     child.tend()
+                    rotate(child.log_path)

@@ -1,10 +1,12 @@
 """REST: evaluations."""
 
+import os
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import FileResponse
+from fastapi.responses import StreamingResponse
 from sqlalchemy.orm import Session
 from starlette.background import BackgroundTask
 
@@ -48,25 +50,27 @@ def rescore(id: str, core: CoreDep, who: Writer) -> Any:
 
 @router.get(
     "/evaluations/{id}/predictions",
-    response_class=FileResponse,
+    response_class=StreamingResponse,
     summary="Logits of every image, as Parquet",
     responses={
         200: {"content": {"application/vnd.apache.parquet": {}}},
         409: {"description": "none are kept: it has not succeeded, or a later one took its place"},
     },
 )
-def read_predictions(id: str, core: CoreDep, who: Reader) -> FileResponse:
+def read_predictions(id: str, core: CoreDep, who: Reader) -> StreamingResponse:
     """Columns: image_id, path, label, logits; the class names stand in the file's metadata."""
     with core.db.snapshot() as session:
         key = rescoring.standing(session, who, id).predictions_key
-    opened = ExitStack()
-    path = opened.enter_context(core.store.local_file(key))
-    return FileResponse(
-        path,
-        media_type="application/vnd.apache.parquet",
-        filename=f"{id}.parquet",
-        background=BackgroundTask(opened.close),
-    )
+    with ExitStack() as found:
+        path = found.enter_context(core.store.local_file(key))
+        file = found.enter_context(path.open("rb"))  # at once: a later evaluation's may take its place
+        headers = {
+            "Content-Disposition": f'attachment; filename="{id}.parquet"',
+            "Content-Length": str(os.fstat(file.fileno()).st_size),
+        }
+        done = BackgroundTask(found.pop_all().close)
+    parts = iter(partial(file.read, 1 << 20), b"")
+    return StreamingResponse(parts, media_type="application/vnd.apache.parquet", headers=headers, background=done)
 
 
 router.include_router(job_routes("evaluate", "/evaluations", render, schema.Evaluation))

@@ -8,7 +8,7 @@ import torch
 from services.evaluator.metrics import Predictions, scores
 from services.evaluator.scoring import bare, predictions, tables, temperature
 from services.evaluator.scoring.classes import check_classes
-from services.evaluator.scoring.gathering import Sources, gather
+from services.evaluator.scoring.gathering import Sources, deleted, gather
 from services.evaluator.scoring.measuring import embedded, measure
 from services.evaluator.scoring.predictions import Kept
 from services.evaluator.scoring.recording import Scored
@@ -17,6 +17,7 @@ from services.evaluator.scoring.temperature import Temperature
 from services.evaluator.settings import EvaluatorSettings
 from shared.classifier.head import Head
 from shared.clip.warm import place, row_cache, warm_model
+from shared.errors import NotFound
 from shared.jobs.claim import Claim
 from shared.jobs.worker import Finish
 from shared.schemas.evaluations import EvaluationRequest
@@ -27,7 +28,7 @@ def evaluate(claim: Claim) -> Finish:
     settings = EvaluatorSettings()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    with claim.core.transaction() as session:
+    with claim.core.db.snapshot() as session:
         sources = gather(session, request)
     claim.progress("loading the model", 0, 1)
     subject, head = _open(claim, request, sources, settings)
@@ -70,10 +71,13 @@ def _open(
         assert request.model is not None
         bare_model = OnBase(warm_model(request.model, core, device))
         return bare_model, bare_model.zero_shot(sources.display_names)
-    with claim.core.store.local_folder(sources.classifier.storage_key) as folder:
-        subject, own, class_names = open_subject(
-            folder, lambda name: warm_model(name, core, device), row_cache(core), str(device)
-        )
+    try:
+        with claim.core.store.local_folder(sources.classifier.storage_key) as folder:
+            subject, own, class_names = open_subject(
+                folder, lambda name: warm_model(name, core, device), row_cache(core), str(device)
+            )
+    except NotFound as error:
+        raise deleted(request, sources.classifier.id) from error
     if request.head == "zero_shot":
         return subject, subject.zero_shot(sources.display_names)
     check_classes(

@@ -40,7 +40,7 @@ def fine_tune(claim: Claim) -> Finish:
     if request.method.type == soup_request.METHOD:
         return soup.cook(claim, request, settings)
     method = methods.build(request.method.type, request.method.hyperparameters)
-    with claim.core.transaction() as session:
+    with claim.core.db.snapshot() as session:
         sources = gather(session, request, method)
     warn(claim, request, method, sources)
     claim.progress("loading the model", 0, 1)

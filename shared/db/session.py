@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event, make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
@@ -23,7 +23,7 @@ T = TypeVar("T")
 CONNECT_SECONDS = 5
 PING_SECONDS = 5.0  # for the answer to the ping that each transaction on a pooled connection begins with
 POOL_SECONDS = 10.0  # for another request to give a connection back
-IDLE_SECONDS = 900  # within a transaction: an upload of many GB is copied to the store inside one
+IDLE_SECONDS = 900  # within a transaction: the collector deletes hundreds of objects of a slow store inside one
 WORKER_ANSWER_SECONDS = 900.0  # of a worker's statements, of which some go through all captions of a data set
 # Either end takes the other for gone after 30 s of silence. (Unix sockets know none of this and need none.)
 CLIENT_TCP = {"keepalives_idle": "15", "keepalives_interval": "5", "keepalives_count": "3", "tcp_user_timeout": "30000"}
@@ -105,6 +105,13 @@ class Database:
             connection = _Connection.connect(*positional, **named)
             connection.answer_seconds = answer_seconds
             return connection
+
+        @event.listens_for(self.engine, "handle_error")
+        def ended(context: ExceptionContext) -> None:
+            """psycopg counts it among internal errors; to who asked, the database does not answer."""
+            found = context.original_exception
+            if isinstance(found, psycopg.errors.IdleInTransactionSessionTimeout):
+                raise OperationalError(context.statement, None, found, hide_parameters=True) from found
 
         ping = self.engine.dialect.do_ping
 

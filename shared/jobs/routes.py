@@ -12,13 +12,13 @@ from sqlalchemy.orm import Session
 
 from shared.core import Core
 from shared.db.models import Base, Job, JobEvent
-from shared.errors import NotFound
+from shared.errors import CaptuneError, NotFound
 from shared.jobs import ledger
 from shared.jobs.streams import EventStream, Position
 from shared.schemas import common
 from shared.web import idempotency
 from shared.web.api import After, CoreDep, IdempotencyKey, Limit, accepted
-from shared.web.auth import Principal, Reader, Writer, hash_key
+from shared.web.auth import Principal, Reader, Writer
 from shared.web.paging import page
 
 R = TypeVar("R", bound=common.JobResource)
@@ -52,9 +52,16 @@ class Submission:
         self.core, self.who = core, who
         self._path, self._response, self._key = request.url.path, response, idempotency_key
 
-    def accept(self, asked: str, create: Callable[[Session], str], render: Callable[[Session, Job], R]) -> R:
-        """`asked`: the body as text, what a repeated Idempotency-Key is held to; `create` returns the job's id."""
-        return self.accept_as(Job, self._path, asked, create, render)
+    def accept(
+        self,
+        asked: str,
+        create: Callable[[Session], str],
+        render: Callable[[Session, Job], R],
+        stored: str | None = None,
+    ) -> R:
+        """`asked`: the body as text, what a repeated Idempotency-Key is held to; `create` returns the job's id;
+        `stored`: as `accept_as`."""
+        return self.accept_as(Job, self._path, asked, create, render, stored)
 
     def accept_as(
         self,
@@ -63,13 +70,33 @@ class Submission:
         asked: str,
         create: Callable[[Session], str],
         render: Callable[[Session, M], S],
+        stored: str | None = None,
     ) -> S:
-        """`create` returns the id of a row of `of`, which is to be found below `location`."""
-        with self.core.transaction() as session:
-            asked = f"POST {self._path} {asked}"
-            id = idempotency.once(session, self.who.owner, self._key, asked, lambda: create(session), of)
-            accepted(self._response, f"{location}/{id}")
-            return render(session, session.get_one(of, id))
+        """`create` returns the id of a row of `of`, which is to be found below `location`. `stored`: the key of what
+        was put in the store for it, before: no transaction waits for a copy of many GB. It is deleted where the request
+        is refused, or is a repeated one; where nobody knows what became of it, it is the collector's."""
+        made = False
+
+        def once() -> str:
+            nonlocal made
+            made = True
+            return create(session)
+
+        try:
+            with self.core.transaction() as session:
+                id = idempotency.once(session, self.who, self._key, f"POST {self._path} {asked}", once, of)
+                accepted(self._response, f"{location}/{id}")
+                answer = render(session, session.get_one(of, id))
+        except CaptuneError:
+            self._discard(stored)
+            raise
+        if not made:
+            self._discard(stored)
+        return answer
+
+    def _discard(self, stored: str | None) -> None:
+        if stored is not None:
+            self.core.discard([stored])
 
 
 SubmissionDep = Annotated[Submission, Depends()]
@@ -135,7 +162,7 @@ def job_routes(
             await run_in_threadpool(_check, core, who, kind, id)
             start = Position(id, _start(last_event_id, after))
             done = partial(_rendered, core, id, render)
-            return EventStream(request.app.state.streams, who.owner, _key_hash(who, request), start, done)
+            return EventStream(request.app.state.streams, who.owner, who.key_hash, start, done)
         rows = await run_in_threadpool(_events_after, core, who, kind, id, after, limit + 1)
         data = [common.JobEvent.model_validate(row) for row in rows[:limit]]
         return common.Page(data=data, has_more=len(rows) > limit, last_id=str(data[-1].seq) if data else None)
@@ -178,9 +205,3 @@ def _start(last_event_id: str | None, after: int) -> int:
     """The event that a client had last; a number that no event can have is none of ours."""
     named = last_event_id is not None and re.fullmatch(r"[0-9]{1,9}", last_event_id)
     return int(last_event_id) if named and last_event_id else min(after, MOST_EVENTS)
-
-
-def _key_hash(who: Principal, request: Request) -> str | None:
-    """Of the key that the stream ends with; the service's token ends with the process."""
-    _, _, key = request.headers.get("authorization", "").partition(" ")
-    return None if who.owner == "service" else hash_key(key.strip())

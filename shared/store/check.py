@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Iterator
 from itertools import islice
 
+from sqlalchemy import text
+
 from shared.core import Core
 from shared.errors import NotFound
 from shared.store.references import every_key
@@ -14,7 +16,8 @@ BATCH = 500
 def check(core: Core) -> Iterator[str]:
     """A line for each object that a row needs and that is missing, or a picture whose bytes are not those of its
     SHA-256. Reads every picture; what is deleted meanwhile may show."""
-    with core.db.transaction() as session:
+    with core.db.snapshot() as session:
+        session.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))  # to read what lies there takes long
         keys = every_key(session)
         while batch := list(islice(keys, BATCH)):
             missing = set(core.store.missing(batch))

@@ -106,7 +106,12 @@ class DiskStore(Store):
         path = Path(self._path(key))
         if not path.exists():
             raise missing(key)
-        yield path
+        try:
+            yield path
+        except FileNotFoundError:
+            if path.exists():
+                raise
+            raise missing(key) from None  # deleted while it was read
 
     local_folder = local_file
 

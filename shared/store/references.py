@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from sqlalchemy import ColumnElement, Select, and_, func, or_, select
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from shared.db.models import FINAL, Checkpoint, Classifier, Dataset, Evaluation, Image, Job
@@ -74,7 +75,11 @@ def nothing_deleted(db: Database) -> Iterator[None]:
         connection = connection.execution_options(isolation_level="AUTOCOMMIT")
         connection.execute(select(func.pg_advisory_lock(COPYING)))
         yield
-        if not connection.scalar(select(func.pg_advisory_unlock(COPYING))):
+        try:
+            held = connection.scalar(select(func.pg_advisory_unlock(COPYING)))
+        except DBAPIError:
+            held = False
+        if not held:
             raise Conflict("the database connection that held deletions back was lost; begin the copy again")
 
 

@@ -57,10 +57,14 @@ class Principal:
     owner: str
     scopes: frozenset[str]
     key_name: str = ""  # who, among those with the owner's keys
+    key_hash: str | None = None  # None: the service's token, which is good for as long as the process
 
     def sees(self, owner_column: InstrumentedAttribute[str]) -> ColumnElement[bool]:
         """The WHERE clause that keeps one owner's rows from another; an admin sees all."""
         return owner_column.is_not(None) if "admin" in self.scopes else owner_column == self.owner
+
+    def may_see(self, owner: str) -> bool:
+        return "admin" in self.scopes or owner == self.owner
 
 
 def hash_key(key: str) -> str:
@@ -161,7 +165,7 @@ def authenticate(
     if not request.scope.get(COUNTED):  # an upload's key is looked at before its body and after it
         limits.count(row.id, row.rate_limit)
         request.scope[COUNTED] = True
-    return Principal(owner=row.owner, scopes=frozenset(row.scopes), key_name=row.name)
+    return Principal(owner=row.owner, scopes=frozenset(row.scopes), key_name=row.name, key_hash=key_hash)
 
 
 def _find(core: Core, marked: dict[str, float], key_hash: str) -> Row[*tuple[Any, ...]] | None:

@@ -2,9 +2,11 @@
 
 import hashlib
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from fastapi.testclient import TestClient
 from sqlalchemy import text
 
 from shared.core import Core
@@ -82,3 +84,17 @@ def test_keys_whose_owner_and_text_run_together_are_two(api: Api, core: Core, cl
     """Owner "a" with key "b\\0c" must not be owner "a\\0b" with key "c": neither holds a NUL."""
     for owner in ("an\x00na", "a b", "", "a/b"):
         assert api.admin.post("/v1/keys", json={"owner": owner, "scopes": ["read"]}).status_code == 422
+
+
+def test_what_an_admins_key_made_is_not_shown_to_a_lesser_key_of_the_same_owner(
+    api: Api, core: Core, client_for: Callable[..., TestClient]
+) -> None:
+    theirs = belongings(core, "ben")
+    body = evaluation(theirs.classifier, "train")
+    boss = client_for("anna", "admin")
+    made = boss.post("/v1/evaluations", json=body, headers=KEY)
+    assert made.status_code == 202
+    answer = api.anna.post("/v1/evaluations", json=body, headers=KEY)
+    assert (answer.status_code, answer.json()["code"]) == (422, "idempotency_key_reused")
+    assert made.json()["id"] not in answer.text
+    assert boss.post("/v1/evaluations", json=body, headers=KEY).json()["id"] == made.json()["id"]

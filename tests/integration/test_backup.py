@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 
 from captune.cli import main
 from services.embedded.backup import DUMP, MANIFEST, STORE, backup, restore
@@ -264,3 +264,33 @@ def test_collect_works_on_a_running_stack(
     printed = capsys.readouterr().out
     assert "would go" in printed
     assert "unknown, left alone: notes.txt" in printed
+
+
+def test_a_backup_that_deletions_may_have_reached_is_not_finished(one: Path, core: Core, tmp_path: Path) -> None:
+    """The connection that held them back is lost: as when PostgreSQL is restarted."""
+
+    def lose(what: str) -> None:
+        if what == "copying the store":
+            with core.transaction() as session:
+                session.execute(
+                    text(
+                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+                        " AND backend_type = 'client backend'"
+                    )
+                )
+
+    with pytest.raises(Conflict, match="begin the copy again"):
+        backup(one, tmp_path / "backup", lose)
+    assert (tmp_path / "backup" / DUMP).exists()
+    with pytest.raises(InvalidInput, match="was not finished"):
+        restore(tmp_path / "backup", tmp_path / "two", quiet)
+
+
+def test_a_backup_with_a_link_in_it_is_refused(one: Path, tmp_path: Path) -> None:
+    backup(one, tmp_path / "backup", quiet)
+    (tmp_path / "backup" / STORE / "blobs").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "backup" / STORE / "blobs" / "host").symlink_to("/etc/hostname")
+    with pytest.raises(InvalidInput, match="is a link") as refused:
+        restore(tmp_path / "backup", tmp_path / "two", quiet)
+    assert refused.value.code == "backup_altered"
+    assert not (tmp_path / "two").exists()

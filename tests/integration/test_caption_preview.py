@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import func, select
 
+from services.captioner.captioning import planning
 from services.captioner.captioning.planning import asks
 from services.captioner.engines import build
 from services.captioner.serving.batcher import Batcher
@@ -226,3 +227,10 @@ def test_a_data_set_that_is_not_ready(anna: TestClient, core: Core) -> None:
     assert (answer.status_code, answer.json()["code"]) == (409, "dataset_not_ready")
     with core.transaction() as session:
         assert len(session.scalars(select(Dataset)).all()) == 1
+
+
+def test_images_that_are_deleted_meanwhile_are_none(anna: TestClient, core: Core, monkeypatch: Any) -> None:
+    dataset = add_dataset(core)
+    monkeypatch.setattr(planning, "image_pages", lambda *_: iter([[]]))
+    answer = anna.post("/v1/caption_jobs/preview", json={"dataset_id": dataset})
+    assert (answer.status_code, answer.json()["code"]) == (422, "empty_split")

@@ -3,8 +3,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import event, select
 
+from services.captioner.routes import datasets
 from shared.core import Core
 from shared.datasets.lookup import display_names
 from shared.db.models import Caption, Classifier, Dataset, Image, Job
@@ -265,3 +266,63 @@ def test_the_actions_of_a_job(api: Api, core: Core) -> None:
         "job.requeued",
         "job.cancelled",
     ]
+
+
+def test_no_transaction_waits_for_the_copy_of_an_upload(api: Api, core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be of many GB, and holds a connection and what it has locked."""
+    put, held = core.store.put_file, []
+
+    def look(key: str, source: Any) -> None:
+        held.append(core.db.engine.pool.status())
+        put(key, source)
+
+    monkeypatch.setattr(core.store, "put_file", look)
+    headers = {"Idempotency-Key": "once"}
+    answer = api.anna.post("/v1/datasets", data=FORM, files={"file": ("pets.zip", archive())}, headers=headers)
+    assert answer.status_code == 202
+    id = answer.json()["id"]
+    change_job(core, id, status="succeeded")
+    files = {"file": ("captions.json", b'{"1.png": "a cat"}')}
+    assert api.anna.post("/v1/caption_jobs/import", data={"dataset_id": id}, files=files).status_code == 202
+    assert len(held) == 2
+    assert all("Current Checked out connections: 0" in each for each in held), held
+
+
+def test_what_an_upload_stored_goes_where_it_is_refused(api: Api, core: Core) -> None:
+    stored = Path(core.store.root, "uploads")
+    before = set(stored.glob("*"))
+    files = {"file": ("captions.json", b'{"1.png": "a cat"}')}
+    answer = api.anna.post("/v1/caption_jobs/import", data={"dataset_id": "ds_none"}, files=files)
+    assert answer.status_code == 404
+    assert set(stored.glob("*")) == before
+
+
+def test_a_large_data_set_is_deleted_in_statements_of_bounded_time_and_as_a_whole(
+    api: Api, core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "AT_ONCE", 2)
+    id = add_dataset(core, images=7)
+    captioned = add_job(core, request=caption_request(id), dataset_id=id, status="succeeded")
+    with core.transaction() as session:
+        images = session.scalars(select(Image).where(Image.dataset_id == id)).all()
+    for image in images:
+        add_caption(core, image, captioned, "a cat")
+    with monkeypatch.context() as failing:
+        failing.setattr(datasets, "bump", lambda *_: 1 / 0)  # at the end of the transaction
+        assert api.anna.delete(f"/v1/datasets/{id}").status_code == 500
+    assert len(api.anna.get(f"/v1/datasets/{id}/images").json()["data"]) == len(images)
+    sizes: list[int] = []
+
+    def count(_c: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("DELETE FROM images"):
+            sizes.append(cursor.rowcount)
+
+    event.listen(core.db.engine, "after_cursor_execute", count)
+    try:
+        assert api.anna.delete(f"/v1/datasets/{id}").status_code == 204
+    finally:
+        event.remove(core.db.engine, "after_cursor_execute", count)
+    assert max(sizes) == 2
+    assert sum(sizes) == len(images)
+    with core.transaction() as session:
+        assert session.scalars(select(Caption).where(Caption.dataset_id == id)).all() == []

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from services.evaluator import tasks
@@ -32,6 +32,7 @@ from tests.integration.factories import (
     change_job,
     read_job,
 )
+from tests.integration.support import wait_for
 
 PLAIN = {name for name, metric in METRICS.items() if metric.compute is not None}
 
@@ -558,3 +559,65 @@ def test_predictions_are_downloaded_while_they_stand(lab: Lab, dataset_id: str, 
     assert (late.status_code, late.json()["code"]) == (409, "no_predictions")
     queued = add_job(lab.core, "evaluate", request={"classifier_id": id, "split": "test"}, dataset_id=dataset_id)
     assert "is queued" in anna.get(f"/v1/evaluations/{queued}/predictions").json()["detail"]
+
+
+def test_what_is_scored_is_of_one_moment(lab: Lab, dataset_id: str, monkeypatch: Any) -> None:
+    levels = []
+
+    def look(session: Session, request: EvaluationRequest) -> Sources:
+        levels.append(session.connection().get_isolation_level())
+        return gather(session, request)
+
+    monkeypatch.setattr(tasks, "gather", look)
+    assert lab.evaluate(dataset_id, classifier_id=lab.add_classifier(dataset_id)).status == "succeeded"
+    assert levels == ["REPEATABLE READ"]
+
+
+@pytest.mark.parametrize("when", ["before it is loaded", "while it is scored"])
+def test_a_bare_model_whose_classifier_somebody_deletes_is_scored_again(
+    lab: Lab, dataset_id: str, monkeypatch: Any, when: str
+) -> None:
+    first = lab.evaluate(dataset_id, model="tiny").result
+    assert first is not None
+
+    def delete() -> None:
+        with lab.core.transaction() as session:
+            row = session.get_one(Classifier, first["classifier_id"])
+            session.delete(row)
+            session.info["obsolete"] = [row.storage_key]
+
+    def gathered(session: Session, request: EvaluationRequest) -> Sources:
+        found = gather(session, request)
+        delete()
+        return found
+
+    def measure(*_: Any) -> Any:
+        delete()
+        return ()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tasks, *(("gather", gathered) if when == "before it is loaded" else ("measure", measure)))
+        job = lab.evaluate(dataset_id, model="tiny")
+    assert (job.status, job.failures) == ("queued", 1), job.error
+    change_job(lab.core, job.id, run_after=None)
+    job = lab.run(job.id)
+    assert job.status == "succeeded", job.error
+    assert (job.result or {})["classifier_id"] != first["classifier_id"]
+
+
+def _waiting_for_locks(core: Core) -> int:
+    with core.db.autocommit() as connection:  # a transaction sees the activity of its first look
+        return connection.scalar(text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")) or 0
+
+
+def test_a_submission_locks_as_who_writes_scores_does(lab: Lab, dataset_id: str) -> None:
+    """The data set first: the other way round the two wait for each other."""
+    id = lab.add_classifier(dataset_id)
+    anna = lab.client("anna", "read", "write")
+    with ThreadPoolExecutor(1) as pool:
+        with lab.core.transaction() as session:
+            session.execute(select(Dataset.id).where(Dataset.id == dataset_id).with_for_update())
+            asked = pool.submit(anna.post, "/v1/evaluations", json={"classifier_id": id})
+            wait_for(lambda: _waiting_for_locks(lab.core))
+            session.execute(select(Classifier.id).where(Classifier.id == id).with_for_update(nowait=True))
+        assert asked.result().status_code == 202

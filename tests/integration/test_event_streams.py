@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import event, text
+from fastapi.testclient import TestClient
+from sqlalchemy import event, func, text
 
 from shared.core import Core
 from shared.db.models import ApiKey, Job
@@ -191,6 +192,21 @@ def test_a_revoked_key_ends_its_streams_and_no_others(
         log(core, jobs[0], "a secret")
         assert next(kept)[2]["message"] == "a secret"
     other.close()
+
+
+def test_a_revoked_key_ends_its_streams_whatever_its_owner_is_called(
+    core: Core, base_url: str, monkeypatch: pytest.MonkeyPatch, client_for: Callable[..., TestClient]
+) -> None:
+    """The service's token, whose streams go on, calls itself by this name."""
+    monkeypatch.setattr(streams, "KEY_CHECK", 0.2)
+    job = add_job(core, owner="service", request={}, status="running", attempt=1)
+    headers = HEADERS | {"Authorization": client_for("service", "read").headers["authorization"]}
+    with httpx.stream("GET", f"{base_url}/v1/caption_jobs/{job}/events", headers=headers, timeout=10) as answer:
+        coming = messages(answer)
+        next(coming)
+        with core.transaction() as session:
+            session.query(ApiKey).where(ApiKey.owner == "service").one().revoked_at = func.now()
+        assert list(coming) == []
 
 
 def test_streams_outlive_the_databases_connections(

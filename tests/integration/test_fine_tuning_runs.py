@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
-from services.trainer import methods
+from services.trainer import methods, tasks
 from services.trainer.methods.base import Batch
 from services.trainer.methods.flyp import FLYP
 from services.trainer.routes.submission import create_run, normalised
@@ -555,3 +556,16 @@ def test_two_groups_may_fill_one_cache_at_once(
         load_pixels(cache, core.store, images, clip, lambda _: None),  # type: ignore[arg-type]
         load_pixels(None, core.store, images, clip, lambda _: None),  # type: ignore[arg-type]
     )
+
+
+def test_what_is_trained_on_is_of_one_moment(core: Core, submit: Submit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edits of captions tell settings apart, and are read after the texts."""
+    gather, levels = tasks.gather, []
+
+    def look(session: Session, *arguments: Any) -> Any:
+        levels.append(session.connection().get_isolation_level())
+        return gather(session, *arguments)
+
+    monkeypatch.setattr(tasks, "gather", look)
+    done(core, submit("linear_probe"))
+    assert levels == ["REPEATABLE READ"]

@@ -208,3 +208,16 @@ def test_a_silent_redis_is_asked_once_and_then_left_alone(
         hole.let_pass()
         wait_for(lambda: queue.enqueue("caption", "cap_4"), 10)
         queue.redis.close()
+
+
+def test_a_transaction_that_the_server_ended_for_idleness_is_no_internal_error(core: Core) -> None:
+    def idle() -> None:
+        with core.transaction() as session:
+            session.execute(text("SET idle_in_transaction_session_timeout = 50"))
+            time.sleep(0.5)
+            session.execute(text("SELECT 1"))
+
+    with pytest.raises(OperationalError):
+        idle()
+    with core.transaction() as session:
+        assert session.scalar(text("SELECT 1")) == 1

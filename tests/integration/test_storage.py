@@ -243,3 +243,23 @@ def test_a_process_killed_in_the_middle_leaves_no_visible_object(
         local.read_bytes(key)
     (local.put_file(key, io.BytesIO(b"y")) if what == "file" else local.put_folder(key, source))  # again works
     assert local.exists(key)
+
+
+@pytest.mark.parametrize("where", ["local_file", "local_folder"])
+def test_what_is_deleted_while_it_is_read_is_missing(local: Store, tmp_path: Path, where: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(b"w")
+    local.put_folder("classifiers/x", tmp_path / "model")
+    local.put_bytes("predictions/x", b"p")
+    key, inside = ("predictions/x", "") if where == "local_file" else ("classifiers/x", "weights")
+
+    def read() -> None:
+        with getattr(local, where)(key) as path:
+            local.delete(key)
+            (path / inside).read_bytes()
+
+    with pytest.raises(NotFound, match=key):
+        read()
+    local.put_bytes("predictions/x", b"p")
+    with pytest.raises(FileNotFoundError), local.local_file("predictions/x"):
+        Path("/nonexistent").read_bytes()  # something else that is missing

@@ -11,6 +11,7 @@ from sqlalchemy import func, update
 from services.captioner.transfer import export
 from shared.core import Core
 from shared.db.models import Caption, CaptionJobItem, Dataset
+from shared.errors import NotFound
 from tests.integration.factories import add_dataset, add_job, share_caption
 from tests.integration.support import Api
 from tests.integration.transfers import brought, captions_of, texts, with_images
@@ -124,3 +125,11 @@ def test_an_odd_name_of_a_data_set_makes_no_odd_file_name(api: Api, core: Core) 
             session.get_one(Dataset, dataset_id).name = name
         header = api.anna.get(f"/v1/caption_jobs/{job_id}/export").headers["Content-Disposition"]
         assert header.startswith(f'attachment; filename="{begins}')
+
+
+def test_an_export_whose_job_is_deleted_does_not_pass_for_a_whole_one(api: Api, core: Core, awkward: Any) -> None:
+    pages = export.exported(core, awkward["id"], awkward["dataset_id"], "all")
+    next(pages)
+    assert api.anna.delete(f"/v1/datasets/{awkward['dataset_id']}").status_code == 204
+    with pytest.raises(NotFound, match="was deleted while"):
+        list(pages)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, File, Form, Query, Response, UploadFile
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from services.captioner.placing import dataset_fingerprint
@@ -31,6 +31,8 @@ from shared.web.auth import Reader, Writer
 from shared.web.paging import page
 
 router = APIRouter()
+
+AT_ONCE = 10_000  # images whose rows, and those of their captions, go in one statement: some seconds
 
 
 def render_dataset(session: Session, job: Job) -> schema.Dataset:
@@ -66,8 +68,9 @@ def create_dataset(
     dataset_id = new_id("ds")
     archive_key = f"uploads/{dataset_id}"
 
+    submission.core.store.put_file(archive_key, file.file)
+
     def create(session: Session) -> str:
-        submission.core.store.put_file(archive_key, file.file)
         owner = submission.who.owner
         ledger.create(session, id=dataset_id, kind="ingest", owner=owner, request=fields, dataset_id=dataset_id)
         session.add(Dataset(id=dataset_id, owner=owner, archive_key=archive_key, **fields))
@@ -75,7 +78,7 @@ def create_dataset(
         keep(session, submission.core.store, [archive_key])
         return dataset_id
 
-    return submission.accept(json.dumps(fields, sort_keys=True), create, render_dataset)
+    return submission.accept(json.dumps(fields, sort_keys=True), create, render_dataset, archive_key)
 
 
 def _digest(file: Any) -> tuple[str, int]:
@@ -147,12 +150,20 @@ def delete_dataset(id: str, core: CoreDep, who: Writer) -> None:
     with core.transaction() as session:
         row = get_dataset(session, who, id, lock=True)
         _refuse_in_use(session, id)
+        while _delete_images(session, id):
+            pass
         session.delete(row)
         session.flush()
         for job in session.scalars(select(Job).where(Job.dataset_id == id, Job.kind.in_(("ingest", "caption")))):
             session.delete(job)
         session.info.setdefault("obsolete", []).append(row.archive_key)
         bump(session, id)
+
+
+def _delete_images(session: Session, id: str) -> bool:
+    """Some of them, with their captions: a statement has bounded time, and a data set may have millions."""
+    some = select(Image.id).where(Image.dataset_id == id).limit(AT_ONCE)
+    return bool(session.scalars(delete(Image).where(Image.id.in_(some)).returning(Image.id)).first())
 
 
 router.include_router(job_routes("ingest", "/datasets", render_dataset, schema.Dataset))

@@ -81,6 +81,8 @@ def _plan(batchers: Mapping[str, Batcher], core: Core, who: Principal, body: Cap
     first: planning.Picture | None = None
     images = reusable = calls = 0
     for page in planning.image_pages(core, selection):
+        if not page:  # the images were deleted meanwhile
+            continue
         first = first or page[0]
         with core.db.snapshot() as session:
             survey = surveyor.survey(session, page)

@@ -67,12 +67,12 @@ def import_captions(
         "language": None if language == "any" else language,
     }
     file.file.seek(0)
+    job_id = new_id("cap")
+    request = schema.CaptionImport(**fields, upload_key=f"uploads/{job_id}")
+    submission.core.store.put_file(request.upload_key, file.file)
 
     def create(session: Session) -> str:
         dataset = usable_dataset(session, submission.who, dataset_id, lock=True)
-        job_id = new_id("cap")
-        request = schema.CaptionImport(**fields, upload_key=f"uploads/{job_id}")
-        submission.core.store.put_file(request.upload_key, file.file)
         ledger.create(
             session,
             id=job_id,
@@ -84,7 +84,8 @@ def import_captions(
         keep(session, submission.core.store, [request.upload_key])
         return job_id
 
-    job = submission.accept(json.dumps(fields, sort_keys=True), create, render_caption_job)
+    asked = json.dumps(fields, sort_keys=True)
+    job = submission.accept(asked, create, render_caption_job, request.upload_key)
     accepted(response, f"/v1/caption_jobs/{job.id}")
     return job
 

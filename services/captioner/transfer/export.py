@@ -12,7 +12,8 @@ from sqlalchemy import Select, func, select
 
 from services.captioner.transfer.matching import stem
 from shared.core import Core
-from shared.db.models import Caption, CaptionJobItem, Image
+from shared.db.models import Caption, CaptionJobItem, Image, Job
+from shared.errors import NotFound
 from shared.schemas.captions import EXCLUDED_BY_DEFAULT, TransferFormat
 from shared.spreadsheet import defused
 
@@ -31,7 +32,8 @@ class Exported:
 
 
 def exported(core: Core, job_id: str, dataset_id: str, include: Include) -> Iterator[Exported]:
-    """By image path, in keyset pages of 500 images, each a short transaction: memory does not grow with the job."""
+    """By image path, in keyset pages of 500 images, each a short transaction: memory does not grow with the job.
+    Raises NotFound where the job was deleted meanwhile: what was sent must not pass for all of it."""
     shared_stems = _shared_stems(core, dataset_id)
     last = ""
     while True:
@@ -41,6 +43,8 @@ def exported(core: Core, job_id: str, dataset_id: str, include: Include) -> Iter
             rows = session.execute(
                 _captions(job_id, include).where(Caption.image_id.in_([id for id, _ in images]))
             ).all()
+            if session.get(Job, job_id) is None:
+                raise NotFound(f"the caption job {job_id} was deleted while its captions were read")
         if not images:
             return
         captions: dict[str, list[dict[str, Any]]] = {}

@@ -166,12 +166,12 @@ def import_classifier(
         archive.unlink()
         card = serving.check(core, settings, folder)
         check_classes(card.class_names, names, "Name the data set that it was made for")
+        id = new_id("clf")
+        key = f"classifiers/{id}/0"
+        core.store.put_folder(key, folder)
 
         def create(session: Session) -> str:
             dataset = usable_dataset(session, who, dataset_id, lock=True)
-            id = new_id("clf")
-            key = f"classifiers/{id}/0"
-            core.store.put_folder(key, folder)
             session.add(_row(id, dataset.owner, dataset_id, name, card, key))
             bump(session, dataset_id)
             session.flush()
@@ -180,7 +180,7 @@ def import_classifier(
 
         asked = json.dumps({"dataset_id": dataset_id, "name": name, "sha256": digest})
         return submission.accept_as(
-            Classifier, "/v1/classifiers", asked, create, lambda _, row: fine_tuning.Classifier.model_validate(row)
+            Classifier, "/v1/classifiers", asked, create, lambda _, row: fine_tuning.Classifier.model_validate(row), key
         )
 
 

@@ -11,7 +11,7 @@ from services.evaluator.passes.base import sample
 from services.evaluator.scoring import bare
 from shared.datasets.lookup import display_names, split_images
 from shared.db.models import Caption, CaptionJobItem, Classifier, Dataset, Image
-from shared.errors import InvalidInput, NotFound
+from shared.errors import CaptuneError, InvalidInput, NotFound, Unavailable
 from shared.schemas.captions import EXCLUDED_BY_DEFAULT
 from shared.schemas.common import Split
 from shared.schemas.evaluations import EvaluationRequest
@@ -19,7 +19,7 @@ from shared.schemas.evaluations import EvaluationRequest
 
 @dataclass
 class Sources:
-    """Read once, in one transaction. `classifier`: None for a bare model that has none yet on this data set."""
+    """Read once, of one moment. `classifier`: None for a bare model that has none yet on this data set."""
 
     classifier: Classifier | None
     dataset: Dataset
@@ -49,7 +49,7 @@ def gather(session: Session, request: EvaluationRequest) -> Sources:
     if request.classifier_id is not None:
         row = session.scalar(select(Classifier).where(Classifier.id == request.classifier_id))
         if row is None:
-            raise deleted(request.classifier_id)
+            raise deleted(request, request.classifier_id)
     dataset_id = request.dataset_id or (row.dataset_id if row is not None else "")
     dataset = _dataset(session, dataset_id, "dataset_id")
     if row is None and request.model is not None:
@@ -70,7 +70,12 @@ def labels_of(dataset: Dataset, images: Sequence[Image]) -> list[int]:
     return [place[image.class_name] for image in images]
 
 
-def deleted(classifier_id: str) -> NotFound:
+def deleted(request: EvaluationRequest, classifier_id: str) -> CaptuneError:
+    if request.classifier_id is None:
+        return Unavailable(
+            f"the zero-shot classifier {classifier_id} of {request.model} was deleted while it was scored; trying "
+            "again makes it anew"
+        )
     return NotFound(
         f"the classifier {classifier_id} was deleted before it was scored; GET /v1/classifiers lists what there is",
         code="classifier_deleted",

@@ -83,5 +83,5 @@ class Scored:
             found = sources.classifier
         row = session.scalar(select(Classifier).where(Classifier.id == found.id).with_for_update())
         if row is None:
-            raise deleted(found.id)
+            raise deleted(request, found.id)
         return row

@@ -18,16 +18,12 @@ def submit(session: Session, who: Principal, body: EvaluationRequest) -> str:
     other images, Conflict for what is not finished."""
     dataset_id, owner = body.dataset_id, None
     if body.classifier_id is not None:
-        query = select(Classifier).where(Classifier.id == body.classifier_id, who.sees(Classifier.owner))
-        classifier = session.scalar(query.with_for_update())  # not deleted before the job is there
-        if classifier is None:
-            raise NotFound(
-                f"there is no classifier '{body.classifier_id}' among yours; GET /v1/classifiers lists them",
-                param="classifier_id",
-            )
+        classifier = _classifier(session, who, body.classifier_id)
         dataset_id, owner = dataset_id or classifier.dataset_id, classifier.owner
     assert dataset_id is not None  # the schema asks for one beside a model
     dataset = usable_dataset(session, who, dataset_id, lock=True)
+    if body.classifier_id is not None:  # after the data set, as who writes scores does; not deleted before the job is
+        _classifier(session, who, body.classifier_id, lock=True)
     _check_owner(owner or dataset.owner, dataset, "dataset_id")
     if body.held_aside_dataset_id is not None:
         aside = _held_aside(session, who, body.held_aside_dataset_id, dataset.id)
@@ -46,6 +42,16 @@ def submit(session: Session, who: Principal, body: EvaluationRequest) -> str:
         dataset_id=dataset.id,
     )
     return job.id
+
+
+def _classifier(session: Session, who: Principal, id: str, *, lock: bool = False) -> Classifier:
+    query = select(Classifier).where(Classifier.id == id, who.sees(Classifier.owner))
+    row = session.scalar(query.with_for_update() if lock else query)
+    if row is None:
+        raise NotFound(
+            f"there is no classifier '{id}' among yours; GET /v1/classifiers lists them", param="classifier_id"
+        )
+    return row
 
 
 def _check_owner(owner: str, dataset: Dataset, param: str) -> None:

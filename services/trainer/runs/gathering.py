@@ -21,7 +21,7 @@ from shared.schemas.fine_tuning import FineTuningRequest
 
 @dataclass
 class Sources:
-    """Read once, in one transaction."""
+    """Read once, of one moment: captions may be edited meanwhile, and the edits are part of the setting."""
 
     dataset: Dataset
     train: list[Image] = field(default_factory=list)

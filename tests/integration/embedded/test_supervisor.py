@@ -161,3 +161,17 @@ def test_a_grown_log_is_rotated_at_start(tmp_path: Path, monkeypatch: pytest.Mon
         running.add("worker", python(SLEEP))
         wait_until(lambda: output(tmp_path, "worker") == "up\n")
     assert (logs / "worker.log.1").read_text() == "something long"
+
+
+def test_the_log_of_a_running_program_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "MAX_LOG_BYTES", 10_000)
+    chatter = "import time\nfor i in range(10**9): print(f'line {i}', flush=True); time.sleep(0.001)"
+    log = tmp_path / "logs" / "worker.log"
+    with Supervisor(tmp_path) as running:
+        running.add("worker", python(chatter))
+        wait_until(log.with_name("worker.log.1").exists)
+        kept = log.with_name("worker.log.1").read_text()
+        assert kept.startswith("line 0\n")
+        wait_until(lambda: log.with_name("worker.log.1").read_text() != kept)
+        assert log.stat().st_size < 50_000
+        assert "\0" not in log.read_text(), "written where it was emptied, not at the old end"
