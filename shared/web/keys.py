@@ -40,7 +40,7 @@ def make_key(body: schema.KeyRequest, core: CoreDep, who: Admin, idempotency_key
 
     asked = f"POST {router.prefix} {body.model_dump_json()}"
     with core.transaction() as session:
-        id = idempotency.once(session, who.owner, idempotency_key, asked, lambda: create(session), ApiKey)
+        id = idempotency.once(session, who, idempotency_key, asked, lambda: create(session), ApiKey)
         if not made:
             raise Conflict(
                 f"this Idempotency-Key made {id}, whose key was told once; if it is lost, revoke it and make another",
