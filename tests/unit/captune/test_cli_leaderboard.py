@@ -41,7 +41,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], list[httpx.Requ
             self._http = httpx.Client(base_url="http://server", transport=httpx.MockTransport(handle))
 
         monkeypatch.setattr(Client, "__init__", connect)
-        monkeypatch.setattr("captune.client.time.sleep", lambda _: None)
+        monkeypatch.setattr("time.sleep", lambda _: None)
         return asked
 
     return use
