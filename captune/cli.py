@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from captune import cli_bench, cli_captions, cli_evaluation, cli_keys, cli_leaderboard, cli_training, local, tables
 from captune.connection import default_state_dir
 from captune.errors import CaptuneAPIError, ConnectionNotFound
+from captune.printing import note, say, say_json
 from captune.progress import ProgressBar
 from captune.terminal import client_of, finish, show
 from shared.schemas.common import JobEvent, JobResource
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _fail(code: int, message: str) -> None:
-    print(f"captune: {message}", file=sys.stderr)
+    note(f"captune: {message}")
     sys.exit(code)
 
 
@@ -56,9 +57,9 @@ def datasets_push(args: argparse.Namespace) -> int:
         code = finish(args, client, job, "ingest")
         report = (client.job(job.id).model_dump().get("report") or {}) if args.wait else {}
     for notice in report.get("notices", []):
-        print(f"note: {notice['message']}", file=sys.stderr)
+        note(f"note: {notice['message']}")
     for refusal in report.get("refusals", [])[:20]:
-        print(f"refused: {refusal['path']}: {refusal['message']}", file=sys.stderr)
+        note(f"refused: {refusal['path']}: {refusal['message']}")
     return code
 
 
@@ -75,9 +76,9 @@ def datasets_rename_classes(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         dataset = client.update_dataset(args.id, display_names=display_names)
     if args.json:
-        print(dataset.model_dump_json(indent=2))
+        say_json(dataset)
     else:
-        print(tables.table(("name", "display_name"), [(c.name, c.display_name) for c in dataset.classes or []]))
+        say(tables.table(("name", "display_name"), [(c.name, c.display_name) for c in dataset.classes or []]))
     return 0
 
 
@@ -105,7 +106,7 @@ def jobs_watch(args: argparse.Namespace) -> int:
     with client_of(args) as client, ProgressBar(args.id) as bar:
         for update in client.watch(args.id):
             if args.json:
-                print(update.model_dump_json())
+                say_json(update, indent=None)
             elif isinstance(update, JobResource):
                 bar.line(f"{update.id}  {update.status}" + (f": {update.error.message}" if update.error else ""))
             elif isinstance(update, JobEvent):
@@ -119,7 +120,10 @@ def jobs_watch(args: argparse.Namespace) -> int:
 def jobs_act(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         job = getattr(client, args.action)(args.id)
-        print(job.model_dump_json(indent=2) if args.json else f"{job.id}  {job.status}")
+    if args.json:
+        say_json(job)
+    else:
+        say(f"{job.id}  {job.status}")
     return 0
 
 

@@ -1,8 +1,6 @@
 """`captune bench mmft`: the paper's protocol on published data sets, from folders in their official layouts."""
 
 import argparse
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +16,7 @@ from captune.bench.results import PAPER_NOTE, report
 from captune.bench.splits import cut
 from captune.bench.upload import metadata, too_large, unpacked_bytes
 from captune.errors import CaptuneAPIError, ConnectionNotFound
+from captune.printing import note, say, say_json
 from captune.terminal import client_of
 from shared.schemas.fine_tuning import Method, MethodSpec, Validation
 
@@ -30,20 +29,23 @@ def mmft(args: argparse.Namespace) -> int:
     if args.dry_run:
         known = _methods(args)
         found = [_described(name, reading, settings, known) for name, reading in readings.items()]
-        print(json.dumps(found, indent=2) if args.json else "\n\n".join(map(_shown, found)))
+        if args.json:
+            say_json(found)
+        else:
+            say("\n\n".join(map(_shown, found)))
         return 0
     for reading in readings.values():
         if reason := too_large(reading, metadata(reading)):
             raise LayoutError(reason)
     with client_of(args) as client:
-        protocol = Protocol(client, settings, lambda text: print(text, file=sys.stderr))
+        protocol = Protocol(client, settings, note)
         results = [protocol.submit(name, READERS[name], reading) for name, reading in readings.items()]
         results = [protocol.collect(result, READERS[result.dataset]) for result in results]
     if args.json:
         body = {"settings": asdict(settings), "results": [result.model_dump() for result in results]}
-        print(json.dumps({**body, "paper": PAPER_NOTE}, indent=2))
+        say_json({**body, "paper": PAPER_NOTE})
     else:
-        print(report(results, settings))
+        say(report(results, settings))
     failed = any(result.error or any(row.missing for row in result.rows) for result in results)
     return 1 if failed else 0
 

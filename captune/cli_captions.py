@@ -1,13 +1,13 @@
 """`captune caption` and `captune captions …`."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
 from captune import tables
+from captune.printing import note, say, say_json
 from captune.terminal import client_of, finish, show
 from shared.schemas.captions import FLAGS, TransferFormat
 
@@ -53,7 +53,10 @@ def caption(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         if args.dry_run:
             found = client.preview_captions(live=args.live, **request)
-            print(found.model_dump_json(indent=2) if args.json else tables.preview(found))
+            if args.json:
+                say_json(found)
+            else:
+                say(tables.preview(found))
             return 0
         return finish(args, client, client.caption(**request), "caption")
 
@@ -74,7 +77,7 @@ def captions_list(args: argparse.Namespace) -> int:
         if args.json:
             show(args, found)
         else:
-            print(tables.captions(found))
+            say(tables.captions(found))
     return 0
 
 
@@ -87,7 +90,10 @@ def captions_show(args: argparse.Namespace) -> int:
 def captions_edit(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         changed = client.edit_caption(args.id, text=args.text, version=args.version)
-        print(changed.model_dump_json(indent=2) if args.json else tables.captions([changed]))
+    if args.json:
+        say_json(changed)
+    else:
+        say(tables.captions([changed]))
     return 0
 
 
@@ -97,14 +103,17 @@ def captions_mark(args: argparse.Namespace) -> int:
     if args.json:
         show(args, changed)
     else:
-        print(tables.captions(changed))
+        say(tables.captions(changed))
     return 0
 
 
 def captions_report(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         found = client.caption_report(args.id)
-    print(found.model_dump_json(indent=2) if args.json else tables.caption_report(found))
+    if args.json:
+        say_json(found)
+    else:
+        say(tables.caption_report(found))
     return 0
 
 
@@ -127,9 +136,9 @@ def captions_import(args: argparse.Namespace) -> int:
         code = finish(args, client, job, "import")
         result = (client.job(job.id).model_dump().get("result") or {}) if args.wait else {}
     for failure in result.get("failures", [])[:20]:
-        print(f"left out: {failure['path']}: {failure['message']}", file=sys.stderr)
+        note(f"left out: {failure['path']}: {failure['message']}")
     if (more := result.get("failed", 0) - 20) > 0:
-        print(f"left out: {more} more", file=sys.stderr)
+        note(f"left out: {more} more")
     return code
 
 

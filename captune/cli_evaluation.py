@@ -1,13 +1,12 @@
 """`captune evaluate`, `captune predict` and `captune classifiers …`."""
 
 import argparse
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 from captune import tables
+from captune.printing import note, say, say_json
 from captune.terminal import client_of, finish, show
 from shared.schemas.common import Split
 from shared.schemas.evaluations import Evaluation, Head
@@ -31,7 +30,7 @@ def evaluate(args: argparse.Namespace) -> int:
         code = finish(args, client, job := client.evaluate(args.classifier_id, **request), "evaluate")
         done = client.job(job.id)
     if isinstance(done, Evaluation) and done.scores and not args.json:
-        print(tables.table(("metric", "value"), [(name, f"{value:.4g}") for name, value in done.scores.items()]))
+        say(tables.table(("metric", "value"), [(name, f"{value:.4g}") for name, value in done.scores.items()]))
     return code
 
 
@@ -45,13 +44,13 @@ def predict(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         found = list(client.predict(args.id, list(_files(args.files)), top_k=args.top))
     if args.json:
-        print(json.dumps([each.model_dump() for each in found], indent=2))
+        say_json([each.model_dump() for each in found])
         return 0
     rows = []
     for each in found:
         rest = ", ".join(f"{c['display_name']} {c['probability']:.3f}" for c in each.classes[1:])
         rows.append((each.file, each.class_name, f"{each.probability:.3f}", rest))
-    print(tables.table(("file", "class", "probability", "then"), rows))
+    say(tables.table(("file", "class", "probability", "then"), rows))
     return 0
 
 
@@ -76,7 +75,7 @@ def classifiers_list(args: argparse.Namespace) -> int:
 def classifiers_download(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         made = client.download_classifier(args.id, args.path or Path(args.id))
-    print(made)
+    say(str(made))
     return 0
 
 
@@ -84,10 +83,10 @@ def classifiers_import(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         made = client.import_classifier(args.path, dataset_id=args.dataset_id, name=args.name)
     if args.json:
-        print(made.model_dump_json(indent=2))
+        say_json(made)
     else:
-        print(f"{made.id}  {made.method} on {made.model}")
-        print(f"score it with: captune evaluate {made.id}", file=sys.stderr)
+        say(f"{made.id}  {made.method} on {made.model}")
+        note(f"score it with: captune evaluate {made.id}")
     return 0
 
 

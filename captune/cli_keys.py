@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from captune import tables
+from captune.printing import say, say_json
 from captune.terminal import client_of, show
 from shared.schemas.keys import Key
 
@@ -21,7 +22,10 @@ def create(args: argparse.Namespace) -> int:
             expires_in_days=args.expires_in_days,
             rate_limit=args.rate_limit,
         )
-    print(key.model_dump_json(indent=2) if args.json else f"{key.id}  {key.key}  (shown this once)")
+    if args.json:
+        say_json(key)
+    else:
+        say(f"{key.id}  {key.key}  (shown this once)")
     return 0
 
 
@@ -30,7 +34,7 @@ def list_keys(args: argparse.Namespace) -> int:
         if args.json:
             show(args, client.keys())
         else:
-            print(tables.table(HEADER, map(_row, client.keys())))
+            say(tables.table(HEADER, map(_row, client.keys())))
     return 0
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from captune import tables
 from captune.client import Client
+from captune.printing import say, say_json
 from captune.terminal import client_of
 
 FORMATS = ("table", "json", "csv", "markdown", "latex")
@@ -22,12 +23,16 @@ def leaderboard(args: argparse.Namespace) -> int:
             if format not in ("table", "json"):
                 raise ValueError(f"--watch shows the table, or JSON; leave out --format {format}")
             for board in client.watch_leaderboard(args.dataset_id, **filters):
-                print("\n" + tables.leaderboard(board) if format == "table" else board.model_dump_json(), flush=True)
-        elif format in ("table", "json"):
-            board = client.leaderboard(args.dataset_id, **filters)
-            print(tables.leaderboard(board) if format == "table" else board.model_dump_json(indent=2))
+                if format == "json":
+                    say_json(board, indent=None)
+                else:
+                    say("\n" + tables.leaderboard(board))
+        elif format == "json":
+            say_json(client.leaderboard(args.dataset_id, **filters))
+        elif format == "table":
+            say(tables.leaderboard(client.leaderboard(args.dataset_id, **filters)))
         else:
-            print(client.leaderboard_text(args.dataset_id, format, **filters), end="")
+            say(client.leaderboard_text(args.dataset_id, format, **filters), end="")
     return 0
 
 
@@ -35,7 +40,10 @@ def compare(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         a, b = row_ids(client, args, args.a, args.b)
         found = client.compare(args.dataset_id, a, b, split=args.split, head=args.head)
-    print(found.model_dump_json(indent=2) if args.json else tables.comparison(found))
+    if args.json:
+        say_json(found)
+    else:
+        say(tables.comparison(found))
     return 0
 
 

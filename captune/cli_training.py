@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Any, get_args
 
 from captune import tables
 from captune.client import Client
+from captune.printing import note, say, say_json
 from captune.progress import ProgressBar
 from captune.terminal import client_of, finish, show
 from shared.schemas.common import Progress
@@ -129,7 +129,7 @@ def _soups(client: Client, group: Group) -> list[FineTuningJob]:
     names = ("model", "shots", "shot_seed", "validation")
     enough = [dict(zip(names, key, strict=True)) for key, count in sets.items() if count > 1]
     if not enough:
-        print("no soup: it needs two fine-tunes of a model on the same images, validated", file=sys.stderr)
+        note("no soup: it needs two fine-tunes of a model on the same images, validated")
     return [client.soup(group.id, **each) for each in enough]
 
 
@@ -137,12 +137,12 @@ def _print_group(args: argparse.Namespace, client: Client, group: Group, *, boar
     found = client.leaderboard(group.dataset_id, group_id=group.id) if board else None
     if args.json:
         body = group.model_dump()
-        print(json.dumps(body if found is None else {"group": body, "leaderboard": found.model_dump()}, indent=2))
+        say_json(body if found is None else {"group": body, "leaderboard": found.model_dump()})
     else:
         counts = ", ".join(f"{n} {status}" for status, n in group.counts.items())
-        print(f"{group.id}  {group.status}: {counts}; {group.scored} scored")
+        say(f"{group.id}  {group.status}: {counts}; {group.scored} scored")
         if found is not None:
-            print(f"\n{tables.leaderboard(found)}")
+            say(f"\n{tables.leaderboard(found)}")
     return 0 if group.counts.get("failed", 0) == 0 else 1
 
 
@@ -173,7 +173,10 @@ def methods(args: argparse.Namespace) -> int:
     chosen = next((method for method in found if method.name == args.name), None)
     if chosen is None:
         raise ValueError(f"there is no method '{args.name}'; there are: {', '.join(m.name for m in found)}")
-    print(chosen.model_dump_json(indent=2) if args.json else _method(chosen))
+    if args.json:
+        say_json(chosen)
+    else:
+        say(_method(chosen))
     return 0
 
 
