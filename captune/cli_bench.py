@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import httpx
 
-from captune import tables
+from captune import arguments, tables
 from captune.bench import READERS, LayoutError, Reading, plan, read
 from captune.bench.data import SPLITS, shortfall
 from captune.bench.protocol import Protocol
@@ -53,7 +53,7 @@ def mmft(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace) -> plan.Settings:
     if args.pool is not None and (None in args.shots or max(args.shots) > args.pool):
         raise ValueError(
-            f"--pool {args.pool} leaves {args.pool} train images per class: --shots can be no more, and not full"
+            f"--pool {args.pool} leaves {args.pool} train images per class: --shots can be no more, and not all"
         )
     return plan.Settings(
         model=args.model,
@@ -150,28 +150,6 @@ def _datasets(text: str) -> dict[str, Path]:
     return found
 
 
-def _shots(text: str) -> list[int | None]:
-    found: list[int | None] = []
-    for part in text.split(","):
-        if part.strip() == "full":
-            found.append(None)
-        elif part.strip().isdecimal() and int(part) > 0:
-            found.append(int(part))
-        else:
-            raise argparse.ArgumentTypeError(f"'{part}' is neither a number of images per class nor 'full'")
-    return found
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number from 1")
-    return int(text)
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def add(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     """`command(group, name, run, help)` makes a command with the common options."""
     group = commands.add_parser("bench", help="published protocols").add_subparsers(required=True, metavar="PROTOCOL")
@@ -181,12 +159,17 @@ def add(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
         help=f"folders in their official layouts, or with a CoOp split_zhou_*.json: {', '.join(READERS)}",
     )  # fmt: skip
     bench.add_argument(
-        "--shots", type=_shots, default=[1, 2, 4, 8, 16, None], help="train images per class (default: 1,2,4,8,16,full)"
+        "--shots", type=arguments.shot_list, default=[1, 2, 4, 8, 16, None],
+        help="train images per class, or 'all' (default: 1,2,4,8,16,all)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--seeds", type=arguments.positive, default=5, help="how many; each draws its own shots (default: 5)"
     )
-    bench.add_argument("--seeds", type=_positive, default=5, help="how many; each draws its own shots (default: 5)")
     bench.add_argument("--model", default="ViT-B-32/openai", help="default: ViT-B-32/openai")
     bench.add_argument("--engine", default="attributes", help="the captioner (default: attributes, which is no MLLM)")
-    bench.add_argument("--methods", type=_names, default=list(plan.METHODS), help=f"default: {','.join(plan.METHODS)}")
+    bench.add_argument(
+        "--methods", type=arguments.names, default=list(plan.METHODS), help=f"default: {','.join(plan.METHODS)}"
+    )
     bench.add_argument(
         "--validation", default="few_shot", choices=get_args(Validation),
         help="what chooses the epoch; with few_shot, runs on all of train take all of val (default: few_shot)",
@@ -194,5 +177,7 @@ def add(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     presets = get_args(MethodSpec.model_fields["preset"].annotation)
     bench.add_argument("--preset", default="paper", choices=presets, help="whose hyperparameters (default: paper)")
     bench.add_argument("--split-seed", type=int, default=0, help="draws the splits that a release lacks (default: 0)")
-    bench.add_argument("--pool", type=_positive, help="upload at most this many train images per class (ImageNet)")
+    bench.add_argument(
+        "--pool", type=arguments.positive, help="upload at most this many train images per class (ImageNet)"
+    )
     bench.add_argument("--dry-run", action="store_true", help="only read the folders, and say what would be done")

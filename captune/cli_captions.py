@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
-from captune import tables
+from captune import arguments, tables
 from captune.printing import note, say, say_json
 from captune.terminal import client_of, finish, show
 from shared.schemas.captions import FLAGS, TransferFormat
@@ -14,7 +14,7 @@ from shared.schemas.captions import FLAGS, TransferFormat
 FORMATS: tuple[str, ...] = get_args(TransferFormat)
 _SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".zip": "txt"}
 _SAME_NAME = (  # options that are fields of the request under the same name
-    "dataset_id", "engine", "words", "domain", "split", "shots", "shot_seed", "seed", "limit", "temperature",
+    "dataset_id", "engine", "words", "domain", "split", "shot_seed", "seed", "limit", "temperature",
     "clip_model", "shear_tokens", "reasks",
 )  # fmt: skip
 
@@ -30,9 +30,11 @@ def request_of(args: argparse.Namespace) -> dict[str, Any]:
         request["agreement"] = True
     if args.language is not None:
         request["language"] = None if args.language == "any" else args.language
-    names = args.characteristics.split(",") if args.characteristics else []
-    if names or args.template:
-        request["characteristics"] = names + [{"name": name, "template": text} for name, text in args.template]
+    if "shots" in args:
+        request["shots"] = args.shots
+    if args.characteristics or args.template:
+        own = [{"name": name, "template": text} for name, text in args.template]
+        request["characteristics"] = args.characteristics + own
     selection = {"caption_ids": args.redo_caption, "class_name": args.redo_class, "flag": args.redo_flag}
     if args.redo_excluded:
         selection["excluded"] = True
@@ -207,7 +209,9 @@ def add(
 def _add_caption(cap: argparse.ArgumentParser, waiting: Callable[[argparse.ArgumentParser], None]) -> None:
     cap.add_argument("dataset_id")
     cap.add_argument("--engine", help="a model the server lists (default: attributes)")
-    cap.add_argument("--characteristics", help="comma-separated (default: visual,shape,texture)")
+    cap.add_argument(
+        "--characteristics", type=arguments.names, default=[], help="comma-separated (default: visual,shape,texture)"
+    )
     cap.add_argument(
         "--template", type=_template, action="append", default=[], metavar="NAME=TEXT",
         help="a prompt of your own; {class_name}, {domain}, {words}, {characteristic} are filled in; repeatable",
@@ -217,7 +221,10 @@ def _add_caption(cap: argparse.ArgumentParser, waiting: Callable[[argparse.Argum
     cap.add_argument("--temperature", type=float, help="default: 0.2")
     cap.add_argument("--domain", help="default: the data set's")
     cap.add_argument("--split", choices=["train", "val", "test"], help="default: train")
-    cap.add_argument("--shots", type=int, help="only the few-shot subset")
+    cap.add_argument(
+        "--shots", type=arguments.shots, default=argparse.SUPPRESS,  # None is 'all'
+        help="images per class: only those that a run with these shots takes, or 'all' (default: all)",
+    )  # fmt: skip
     cap.add_argument("--shot-seed", type=int)
     cap.add_argument("--seed", type=int)
     cap.add_argument("--limit", type=int, help="at most this many images, evenly by class")

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from captune import tables
+from captune import arguments, tables
 from captune.client import Client
 from captune.printing import say, say_json
 from captune.terminal import client_of
@@ -15,7 +15,8 @@ _FILTERS = ("metric", "split", "head", "model", "method", "captioner", "protocol
 
 def leaderboard(args: argparse.Namespace) -> int:
     filters = {name: value for name in _FILTERS if (value := getattr(args, name)) is not None}
-    filters["shots"] = int(args.shots) if args.shots and args.shots.isdigit() else args.shots
+    if "shots" in args:
+        filters["shots"] = args.shots or "full"
     filters["group_id"] = args.group
     format = "json" if args.json else args.format
     with client_of(args) as client:
@@ -66,7 +67,10 @@ def add(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     board.add_argument("dataset_id")
     board.add_argument("--metric", help="what it is ranked by (default: top1)")
     _scored(board)
-    board.add_argument("--shots", help="a number, or 'full'")
+    board.add_argument(
+        "--shots", type=arguments.shots, default=argparse.SUPPRESS,  # None is 'all'
+        help="only rows of so many images per class, or 'all': of every image",
+    )  # fmt: skip
     board.add_argument("--method")
     board.add_argument("--model")
     board.add_argument("--captioner")

@@ -71,9 +71,10 @@ def test_all_pages_make_one_table(serve: Any, capsys: pytest.CaptureFixture[str]
 
 def test_a_limit_asks_for_one_page(serve: Any, capsys: pytest.CaptureFixture[str]) -> None:
     asked = serve(lambda _: httpx.Response(200, json=page([row()], more=True)))
-    assert run("leaderboard", "ds_1", "--limit", "1", "--format", "json") == 0
+    assert run("leaderboard", "ds_1", "--limit", "1", "--format", "json", "--shots", "all") == 0
     assert json.loads(capsys.readouterr().out)["has_more"] is True
-    assert len(asked) == 1
+    (request,) = asked
+    assert (request.url.params["limit"], request.url.params["shots"]) == ("1", "full")
 
 
 @pytest.mark.parametrize("format", ["csv", "markdown", "latex"])
