@@ -6,7 +6,7 @@ from typing import Any
 
 from captune import arguments, tables
 from captune.client import Client
-from captune.printing import say, say_json
+from captune.printing import note, say, say_json
 from captune.terminal import client_of
 
 FORMATS = ("table", "json", "csv", "markdown", "latex")
@@ -33,7 +33,10 @@ def leaderboard(args: argparse.Namespace) -> int:
         elif format == "table":
             say(tables.leaderboard(client.leaderboard(args.dataset_id, **filters)))
         else:
-            say(client.leaderboard_text(args.dataset_id, format, **filters), end="")
+            text, more = client.leaderboard_text(args.dataset_id, format, **filters)
+            say(text, end="")
+            if more:
+                note("there are more rows than these: --limit can be up to 1000, and --format json has all")
     return 0
 
 
@@ -78,7 +81,10 @@ def add(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     board.add_argument("--tag")
     board.add_argument("--group", metavar="GROUP_ID", help="only the runs of one sweep")
     board.add_argument("--order", choices=["best", "asc", "desc"], help="default: best first")
-    board.add_argument("--limit", type=int, help="rows (default: all)")
+    board.add_argument(
+        "--limit", type=int,
+        help="rows, up to 1000 (default: all; 1000 with --format csv, markdown or latex, 100 with --watch)",
+    )  # fmt: skip
     board.add_argument("--format", choices=FORMATS, default="table")
     board.add_argument("--watch", action="store_true", help="again whenever it has changed, until Ctrl-C")
     pair = command(commands, "compare", compare, "two rows of a leaderboard, image by image")

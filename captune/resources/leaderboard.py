@@ -27,10 +27,12 @@ class Leaderboards(Transport):
     def _leaderboard(self, params: dict[str, Any]) -> Leaderboard:
         return Leaderboard.model_validate(self._send("GET", "/v1/leaderboard", params=params).json())
 
-    def leaderboard_text(self, dataset_id: str, format: str, **filters: Any) -> str:
-        """At most 1,000 rows as csv, markdown or latex. `filters`: those of `leaderboard`."""
+    def leaderboard_text(self, dataset_id: str, format: str, **filters: Any) -> tuple[str, bool]:
+        """At most 1,000 rows as csv, markdown or latex, and whether there are more. `filters`: those of
+        `leaderboard`."""
         params = {"dataset_id": dataset_id, "format": format, "limit": 1000, **given(filters)}
-        return self._send("GET", "/v1/leaderboard", params=params).text
+        answer = self._send("GET", "/v1/leaderboard", params=params)
+        return answer.text, "next" in answer.links
 
     def watch_leaderboard(self, dataset_id: str, *, every: float = 2.0, **filters: Any) -> Iterator[Leaderboard]:
         """One page, now and whenever it has changed; asks every so many seconds, which costs next to nothing while

@@ -85,6 +85,17 @@ def test_other_formats_are_printed_as_they_come(serve: Any, capsys: pytest.Captu
     assert capsys.readouterr().out.startswith("a,b")
 
 
+def test_rows_that_a_text_leaves_out_are_told_beside_it(serve: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    link = {"Link": '</v1/leaderboard?dataset_id=ds_1&after=aaaa1111>; rel="next"'}
+    serve(lambda request: httpx.Response(200, text="a,b\r\n", headers=link if "tag" in request.url.params else {}))
+    assert run("leaderboard", "ds_1", "--format", "csv", "--tag", "x") == 0
+    printed = capsys.readouterr()
+    assert printed.out == "a,b\r\n", "as it came, for a file"
+    assert "there are more rows than these" in printed.err
+    run("leaderboard", "ds_1", "--format", "csv")
+    assert capsys.readouterr().err == ""
+
+
 def test_watching_asks_with_the_tag_and_shows_what_changed(serve: Any, capsys: pytest.CaptureFixture[str]) -> None:
     answers: Iterator[httpx.Response] = iter(
         [
