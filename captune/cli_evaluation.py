@@ -10,6 +10,7 @@ from captune.printing import note, say, say_json
 from captune.terminal import client_of, finish, show
 from shared.schemas.common import Split
 from shared.schemas.evaluations import Evaluation, Head
+from shared.schemas.fine_tuning import Classifier
 
 SPLITS: tuple[str, ...] = get_args(Split)
 HEADS: tuple[str, ...] = get_args(Head)
@@ -90,6 +91,25 @@ def classifiers_import(args: argparse.Namespace) -> int:
     return 0
 
 
+def classifiers_tag(args: argparse.Namespace) -> int:
+    with client_of(args) as client:
+        _print_marks(args, client.update_classifier(args.id, tags=args.tags))
+    return 0
+
+
+def classifiers_pin(args: argparse.Namespace) -> int:
+    with client_of(args) as client:
+        _print_marks(args, client.update_classifier(args.id, pinned=args.pinned))
+    return 0
+
+
+def _print_marks(args: argparse.Namespace, changed: Classifier) -> None:
+    if args.json:
+        say_json(changed)
+    else:
+        say(f"{changed.id}  {'pinned' if changed.pinned else 'not pinned'}  tags: {', '.join(changed.tags) or 'none'}")
+
+
 def classifiers_rm(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         client.delete_classifier(args.id)
@@ -130,4 +150,12 @@ def add(
     bring.add_argument("path", type=Path, help="a folder, zip or tar")
     bring.add_argument("dataset_id", help="whose classes it tells apart")
     bring.add_argument("--name", default="imported", help="tells its row on the leaderboard apart")
+    tag = command(group, "tag", classifiers_tag, "say which tags a classifier has, for 'captune leaderboard --tag'")
+    tag.add_argument("id")
+    tag.add_argument("tags", nargs="*", metavar="TAG", help="in place of those it has; none takes all away")
+    for name, pinned in (("pin", True), ("unpin", False)):
+        help = "show a classifier on the leaderboard whatever the filter" if pinned else "undo 'pin'"
+        pin = command(group, name, classifiers_pin, help)
+        pin.add_argument("id")
+        pin.set_defaults(pinned=pinned)
     command(group, "rm", classifiers_rm, "delete a classifier, its scores and its files").add_argument("id")
