@@ -12,14 +12,15 @@ from captune.printing import note, say
 
 
 def up(args: argparse.Namespace) -> int:
-    from services.embedded.stack import Stack
+    from services.embedded.stack import Stack, docs_url
     from shared.errors import CaptuneError
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both raise KeyboardInterrupt, during the start too
     state_dir: Path = args.state_dir or default_state_dir()
     try:
         with Stack(state_dir, port=args.port, say=_say) as stack:
-            say(f"Captune is up:  {stack.url}   (API docs: {stack.url}/docs)")
+            docs = docs_url(stack.url)
+            say(f"Captune is up:  {stack.url}" + (f"   (API docs: {docs})" if docs else ""))
             say(f"API key:        {stack.api_key}")
             say(f"State and logs: {stack.state_dir}")
             say("Stop with Ctrl-C.")

@@ -15,7 +15,7 @@ from captune.client import Client
 from captune.errors import CaptuneAPIError, ConnectionNotFound
 from captune.printing import note, say
 from captune.progress import ProgressBar
-from services.embedded.stack import Stack
+from services.embedded.stack import Stack, docs_url
 from shared.errors import Unavailable
 from shared.schemas.captions import CaptionJob, CaptionJobRequest
 from shared.schemas.common import JobResource
@@ -44,7 +44,8 @@ def run(state_dir: Path, port: int) -> int:
         say(f'captions:     {client.url}/v1/datasets/{dataset.id}/captions   (e.g. "{_example(client, dataset)}")')
         store = os.environ.get("STORAGE_URL", folder / "store")
         say(f"checkpoints:  {store}/classifiers   ({len(jobs)} fine-tuned, {evaluated} scored)")
-        say(f"API docs:     {client.url}/docs   (while the server runs: captune up --state-dir {folder})")
+        if docs := docs_url(client.url):
+            say(f"API docs:     {docs}   (while the server runs: captune up --state-dir {folder})")
     say(f"done in {time.monotonic() - began:.0f} s")
     return 0
 
