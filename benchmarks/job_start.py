@@ -26,7 +26,6 @@ from shared.db.models import FINAL, Job
 from shared.db.session import Database
 
 TARGET_MS = 300.0
-PREFIXES = {"ingest": "ds", "caption": "cap", "fine_tune": "ft", "evaluate": "eval"}
 
 
 def ended(database: Database) -> bool:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from captune import cli_bench, cli_captions, cli_evaluation, cli_keys, cli_leaderboard, cli_training, local, tables
 from captune.connection import default_state_dir
 from captune.errors import CaptuneAPIError, ConnectionNotFound
+from captune.printing import note, say, say_json
 from captune.progress import ProgressBar
 from captune.terminal import client_of, finish, show
 from shared.schemas.common import JobEvent, JobResource
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _fail(code: int, message: str) -> None:
-    print(f"captune: {message}", file=sys.stderr)
+    note(f"captune: {message}")
     sys.exit(code)
 
 
@@ -56,9 +57,9 @@ def datasets_push(args: argparse.Namespace) -> int:
         code = finish(args, client, job, "ingest")
         report = (client.job(job.id).model_dump().get("report") or {}) if args.wait else {}
     for notice in report.get("notices", []):
-        print(f"note: {notice['message']}", file=sys.stderr)
+        note(f"note: {notice['message']}")
     for refusal in report.get("refusals", [])[:20]:
-        print(f"refused: {refusal['path']}: {refusal['message']}", file=sys.stderr)
+        note(f"refused: {refusal['path']}: {refusal['message']}")
     return code
 
 
@@ -75,9 +76,9 @@ def datasets_rename_classes(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         dataset = client.update_dataset(args.id, display_names=display_names)
     if args.json:
-        print(dataset.model_dump_json(indent=2))
+        say_json(dataset)
     else:
-        print(tables.table(("name", "display_name"), [(c.name, c.display_name) for c in dataset.classes or []]))
+        say(tables.table(("name", "display_name"), [(c.name, c.display_name) for c in dataset.classes or []]))
     return 0
 
 
@@ -105,7 +106,7 @@ def jobs_watch(args: argparse.Namespace) -> int:
     with client_of(args) as client, ProgressBar(args.id) as bar:
         for update in client.watch(args.id):
             if args.json:
-                print(update.model_dump_json())
+                say_json(update, indent=None)
             elif isinstance(update, JobResource):
                 bar.line(f"{update.id}  {update.status}" + (f": {update.error.message}" if update.error else ""))
             elif isinstance(update, JobEvent):
@@ -119,7 +120,10 @@ def jobs_watch(args: argparse.Namespace) -> int:
 def jobs_act(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         job = getattr(client, args.action)(args.id)
-        print(job.model_dump_json(indent=2) if args.json else f"{job.id}  {job.status}")
+    if args.json:
+        say_json(job)
+    else:
+        say(f"{job.id}  {job.status}")
     return 0
 
 
@@ -144,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--url", help="the server (default: CAPTUNE_URL, else the local one)")
     common.add_argument("--api-key", help="default: CAPTUNE_API_KEY, else the local one's")
-    common.add_argument("--state-dir", type=Path, default=None, help=f"of the local server ({default_state_dir()})")
+    common.add_argument("--state-dir", type=Path, help=f"of the local server (default: {default_state_dir()})")
     common.add_argument("--json", action="store_true", help="print JSON")
 
     top = argparse.ArgumentParser(prog="captune", description="From labelled images to a better CLIP classifier.")
@@ -155,23 +159,36 @@ def _parser() -> argparse.ArgumentParser:
         parser.set_defaults(run=run)
         return parser
 
+    def local_command(name: str, run: Command, help: str, state_dir: str) -> argparse.ArgumentParser:
+        """Of this machine alone. An option that names another server must not be taken and then ignored."""
+        parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
+        parser.add_argument("--state-dir", type=Path, help=f"{state_dir} (default: {default_state_dir()})")
+        parser.set_defaults(run=run)
+        return parser
+
     def waiting(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--no-wait", dest="wait", action="store_false", help="do not wait for the job's end")
 
-    up = command(commands, "up", local.up, "start everything on this machine, until Ctrl-C")
+    own = "where this machine's server keeps all it has"
+    up = local_command("up", local.up, "start everything on this machine, until Ctrl-C", own)
     up.add_argument("--port", type=int, default=8000, help="0 chooses a free one (default: 8000)")
-    demo = command(commands, "demo", local.demo, "run the main job on the sample pictures")
+    demo = local_command("demo", local.demo, "run the main job on the sample pictures", own)
     demo.add_argument("--port", type=int, default=0, help="default: a free one")
 
-    collect = command(
-        commands, "collect", local.collect, "remove what nothing needs any more from this machine's server"
+    collect = local_command(
+        "collect", local.collect, "remove what nothing needs any more from this machine's server", own
     )
     collect.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    backup = command(
-        commands, "backup", local.backup, "copy all that this machine's server must not lose into a folder"
+    backup = local_command(
+        "backup", local.backup, "copy all that this machine's server must not lose into a folder", own
     )
     backup.add_argument("folder", type=Path, help="a new one")
-    restore = command(commands, "restore", local.restore, "make a state directory from a backup, and check it")
+    restore = local_command(
+        "restore",
+        local.restore,
+        "make a state directory from a backup, and check it",
+        "where to restore to, a new or an empty folder",
+    )
     restore.add_argument("folder", type=Path, help="the backup")
 
     datasets = commands.add_parser("datasets", help="labelled images").add_subparsers(required=True, metavar="COMMAND")

@@ -1,8 +1,6 @@
 """`captune bench mmft`: the paper's protocol on published data sets, from folders in their official layouts."""
 
 import argparse
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any, get_args
 
 import httpx
 
-from captune import tables
+from captune import arguments, tables
 from captune.bench import READERS, LayoutError, Reading, plan, read
 from captune.bench.data import SPLITS, shortfall
 from captune.bench.protocol import Protocol
@@ -18,6 +16,7 @@ from captune.bench.results import PAPER_NOTE, report
 from captune.bench.splits import cut
 from captune.bench.upload import metadata, too_large, unpacked_bytes
 from captune.errors import CaptuneAPIError, ConnectionNotFound
+from captune.printing import note, say, say_json
 from captune.terminal import client_of
 from shared.schemas.fine_tuning import Method, MethodSpec, Validation
 
@@ -30,20 +29,23 @@ def mmft(args: argparse.Namespace) -> int:
     if args.dry_run:
         known = _methods(args)
         found = [_described(name, reading, settings, known) for name, reading in readings.items()]
-        print(json.dumps(found, indent=2) if args.json else "\n\n".join(map(_shown, found)))
+        if args.json:
+            say_json(found)
+        else:
+            say("\n\n".join(map(_shown, found)))
         return 0
     for reading in readings.values():
         if reason := too_large(reading, metadata(reading)):
             raise LayoutError(reason)
     with client_of(args) as client:
-        protocol = Protocol(client, settings, lambda text: print(text, file=sys.stderr))
+        protocol = Protocol(client, settings, note)
         results = [protocol.submit(name, READERS[name], reading) for name, reading in readings.items()]
         results = [protocol.collect(result, READERS[result.dataset]) for result in results]
     if args.json:
         body = {"settings": asdict(settings), "results": [result.model_dump() for result in results]}
-        print(json.dumps({**body, "paper": PAPER_NOTE}, indent=2))
+        say_json({**body, "paper": PAPER_NOTE})
     else:
-        print(report(results, settings))
+        say(report(results, settings))
     failed = any(result.error or any(row.missing for row in result.rows) for result in results)
     return 1 if failed else 0
 
@@ -51,7 +53,7 @@ def mmft(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace) -> plan.Settings:
     if args.pool is not None and (None in args.shots or max(args.shots) > args.pool):
         raise ValueError(
-            f"--pool {args.pool} leaves {args.pool} train images per class: --shots can be no more, and not full"
+            f"--pool {args.pool} leaves {args.pool} train images per class: --shots can be no more, and not all"
         )
     return plan.Settings(
         model=args.model,
@@ -148,28 +150,6 @@ def _datasets(text: str) -> dict[str, Path]:
     return found
 
 
-def _shots(text: str) -> list[int | None]:
-    found: list[int | None] = []
-    for part in text.split(","):
-        if part.strip() == "full":
-            found.append(None)
-        elif part.strip().isdecimal() and int(part) > 0:
-            found.append(int(part))
-        else:
-            raise argparse.ArgumentTypeError(f"'{part}' is neither a number of images per class nor 'full'")
-    return found
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number from 1")
-    return int(text)
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def add(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     """`command(group, name, run, help)` makes a command with the common options."""
     group = commands.add_parser("bench", help="published protocols").add_subparsers(required=True, metavar="PROTOCOL")
@@ -179,12 +159,17 @@ def add(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
         help=f"folders in their official layouts, or with a CoOp split_zhou_*.json: {', '.join(READERS)}",
     )  # fmt: skip
     bench.add_argument(
-        "--shots", type=_shots, default=[1, 2, 4, 8, 16, None], help="train images per class (default: 1,2,4,8,16,full)"
+        "--shots", type=arguments.shot_list, default=[1, 2, 4, 8, 16, None],
+        help="train images per class, or 'all' (default: 1,2,4,8,16,all)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--seeds", type=arguments.positive, default=5, help="how many; each draws its own shots (default: 5)"
     )
-    bench.add_argument("--seeds", type=_positive, default=5, help="how many; each draws its own shots (default: 5)")
     bench.add_argument("--model", default="ViT-B-32/openai", help="default: ViT-B-32/openai")
     bench.add_argument("--engine", default="attributes", help="the captioner (default: attributes, which is no MLLM)")
-    bench.add_argument("--methods", type=_names, default=list(plan.METHODS), help=f"default: {','.join(plan.METHODS)}")
+    bench.add_argument(
+        "--methods", type=arguments.names, default=list(plan.METHODS), help=f"default: {','.join(plan.METHODS)}"
+    )
     bench.add_argument(
         "--validation", default="few_shot", choices=get_args(Validation),
         help="what chooses the epoch; with few_shot, runs on all of train take all of val (default: few_shot)",
@@ -192,5 +177,7 @@ def add(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     presets = get_args(MethodSpec.model_fields["preset"].annotation)
     bench.add_argument("--preset", default="paper", choices=presets, help="whose hyperparameters (default: paper)")
     bench.add_argument("--split-seed", type=int, default=0, help="draws the splits that a release lacks (default: 0)")
-    bench.add_argument("--pool", type=_positive, help="upload at most this many train images per class (ImageNet)")
+    bench.add_argument(
+        "--pool", type=arguments.positive, help="upload at most this many train images per class (ImageNet)"
+    )
     bench.add_argument("--dry-run", action="store_true", help="only read the folders, and say what would be done")

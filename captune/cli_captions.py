@@ -1,20 +1,20 @@
 """`captune caption` and `captune captions …`."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
-from captune import tables
+from captune import arguments, tables
+from captune.printing import note, say, say_json
 from captune.terminal import client_of, finish, show
 from shared.schemas.captions import FLAGS, TransferFormat
 
 FORMATS: tuple[str, ...] = get_args(TransferFormat)
 _SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".zip": "txt"}
 _SAME_NAME = (  # options that are fields of the request under the same name
-    "dataset_id", "engine", "words", "domain", "split", "shots", "shot_seed", "seed", "limit", "temperature",
+    "dataset_id", "engine", "words", "domain", "split", "shot_seed", "seed", "limit", "temperature",
     "clip_model", "shear_tokens", "reasks",
 )  # fmt: skip
 
@@ -30,9 +30,11 @@ def request_of(args: argparse.Namespace) -> dict[str, Any]:
         request["agreement"] = True
     if args.language is not None:
         request["language"] = None if args.language == "any" else args.language
-    names = args.characteristics.split(",") if args.characteristics else []
-    if names or args.template:
-        request["characteristics"] = names + [{"name": name, "template": text} for name, text in args.template]
+    if "shots" in args:
+        request["shots"] = args.shots
+    if args.characteristics or args.template:
+        own = [{"name": name, "template": text} for name, text in args.template]
+        request["characteristics"] = args.characteristics + own
     selection = {"caption_ids": args.redo_caption, "class_name": args.redo_class, "flag": args.redo_flag}
     if args.redo_excluded:
         selection["excluded"] = True
@@ -53,7 +55,10 @@ def caption(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         if args.dry_run:
             found = client.preview_captions(live=args.live, **request)
-            print(found.model_dump_json(indent=2) if args.json else tables.preview(found))
+            if args.json:
+                say_json(found)
+            else:
+                say(tables.preview(found))
             return 0
         return finish(args, client, client.caption(**request), "caption")
 
@@ -74,7 +79,7 @@ def captions_list(args: argparse.Namespace) -> int:
         if args.json:
             show(args, found)
         else:
-            print(tables.captions(found))
+            say(tables.captions(found))
     return 0
 
 
@@ -87,7 +92,10 @@ def captions_show(args: argparse.Namespace) -> int:
 def captions_edit(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         changed = client.edit_caption(args.id, text=args.text, version=args.version)
-        print(changed.model_dump_json(indent=2) if args.json else tables.captions([changed]))
+    if args.json:
+        say_json(changed)
+    else:
+        say(tables.captions([changed]))
     return 0
 
 
@@ -97,14 +105,17 @@ def captions_mark(args: argparse.Namespace) -> int:
     if args.json:
         show(args, changed)
     else:
-        print(tables.captions(changed))
+        say(tables.captions(changed))
     return 0
 
 
 def captions_report(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         found = client.caption_report(args.id)
-    print(found.model_dump_json(indent=2) if args.json else tables.caption_report(found))
+    if args.json:
+        say_json(found)
+    else:
+        say(tables.caption_report(found))
     return 0
 
 
@@ -127,9 +138,9 @@ def captions_import(args: argparse.Namespace) -> int:
         code = finish(args, client, job, "import")
         result = (client.job(job.id).model_dump().get("result") or {}) if args.wait else {}
     for failure in result.get("failures", [])[:20]:
-        print(f"left out: {failure['path']}: {failure['message']}", file=sys.stderr)
+        note(f"left out: {failure['path']}: {failure['message']}")
     if (more := result.get("failed", 0) - 20) > 0:
-        print(f"left out: {more} more", file=sys.stderr)
+        note(f"left out: {more} more")
     return code
 
 
@@ -198,7 +209,9 @@ def add(
 def _add_caption(cap: argparse.ArgumentParser, waiting: Callable[[argparse.ArgumentParser], None]) -> None:
     cap.add_argument("dataset_id")
     cap.add_argument("--engine", help="a model the server lists (default: attributes)")
-    cap.add_argument("--characteristics", help="comma-separated (default: visual,shape,texture)")
+    cap.add_argument(
+        "--characteristics", type=arguments.names, default=[], help="comma-separated (default: visual,shape,texture)"
+    )
     cap.add_argument(
         "--template", type=_template, action="append", default=[], metavar="NAME=TEXT",
         help="a prompt of your own; {class_name}, {domain}, {words}, {characteristic} are filled in; repeatable",
@@ -208,7 +221,10 @@ def _add_caption(cap: argparse.ArgumentParser, waiting: Callable[[argparse.Argum
     cap.add_argument("--temperature", type=float, help="default: 0.2")
     cap.add_argument("--domain", help="default: the data set's")
     cap.add_argument("--split", choices=["train", "val", "test"], help="default: train")
-    cap.add_argument("--shots", type=int, help="only the few-shot subset")
+    cap.add_argument(
+        "--shots", type=arguments.shots, default=argparse.SUPPRESS,  # None is 'all'
+        help="images per class: only those that a run with these shots takes, or 'all' (default: all)",
+    )  # fmt: skip
     cap.add_argument("--shot-seed", type=int)
     cap.add_argument("--seed", type=int)
     cap.add_argument("--limit", type=int, help="at most this many images, evenly by class")

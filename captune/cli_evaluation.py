@@ -1,16 +1,16 @@
 """`captune evaluate`, `captune predict` and `captune classifiers …`."""
 
 import argparse
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 from captune import tables
+from captune.printing import note, say, say_json
 from captune.terminal import client_of, finish, show
 from shared.schemas.common import Split
 from shared.schemas.evaluations import Evaluation, Head
+from shared.schemas.fine_tuning import Classifier
 
 SPLITS: tuple[str, ...] = get_args(Split)
 HEADS: tuple[str, ...] = get_args(Head)
@@ -31,7 +31,7 @@ def evaluate(args: argparse.Namespace) -> int:
         code = finish(args, client, job := client.evaluate(args.classifier_id, **request), "evaluate")
         done = client.job(job.id)
     if isinstance(done, Evaluation) and done.scores and not args.json:
-        print(tables.table(("metric", "value"), [(name, f"{value:.4g}") for name, value in done.scores.items()]))
+        say(tables.table(("metric", "value"), [(name, f"{value:.4g}") for name, value in done.scores.items()]))
     return code
 
 
@@ -45,13 +45,13 @@ def predict(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         found = list(client.predict(args.id, list(_files(args.files)), top_k=args.top))
     if args.json:
-        print(json.dumps([each.model_dump() for each in found], indent=2))
+        say_json([each.model_dump() for each in found])
         return 0
     rows = []
     for each in found:
         rest = ", ".join(f"{c['display_name']} {c['probability']:.3f}" for c in each.classes[1:])
         rows.append((each.file, each.class_name, f"{each.probability:.3f}", rest))
-    print(tables.table(("file", "class", "probability", "then"), rows))
+    say(tables.table(("file", "class", "probability", "then"), rows))
     return 0
 
 
@@ -76,7 +76,7 @@ def classifiers_list(args: argparse.Namespace) -> int:
 def classifiers_download(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         made = client.download_classifier(args.id, args.path or Path(args.id))
-    print(made)
+    say(str(made))
     return 0
 
 
@@ -84,11 +84,30 @@ def classifiers_import(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         made = client.import_classifier(args.path, dataset_id=args.dataset_id, name=args.name)
     if args.json:
-        print(made.model_dump_json(indent=2))
+        say_json(made)
     else:
-        print(f"{made.id}  {made.method} on {made.model}")
-        print(f"score it with: captune evaluate {made.id}", file=sys.stderr)
+        say(f"{made.id}  {made.method} on {made.model}")
+        note(f"score it with: captune evaluate {made.id}")
     return 0
+
+
+def classifiers_tag(args: argparse.Namespace) -> int:
+    with client_of(args) as client:
+        _print_marks(args, client.update_classifier(args.id, tags=args.tags))
+    return 0
+
+
+def classifiers_pin(args: argparse.Namespace) -> int:
+    with client_of(args) as client:
+        _print_marks(args, client.update_classifier(args.id, pinned=args.pinned))
+    return 0
+
+
+def _print_marks(args: argparse.Namespace, changed: Classifier) -> None:
+    if args.json:
+        say_json(changed)
+    else:
+        say(f"{changed.id}  {'pinned' if changed.pinned else 'not pinned'}  tags: {', '.join(changed.tags) or 'none'}")
 
 
 def classifiers_rm(args: argparse.Namespace) -> int:
@@ -131,4 +150,12 @@ def add(
     bring.add_argument("path", type=Path, help="a folder, zip or tar")
     bring.add_argument("dataset_id", help="whose classes it tells apart")
     bring.add_argument("--name", default="imported", help="tells its row on the leaderboard apart")
+    tag = command(group, "tag", classifiers_tag, "say which tags a classifier has, for 'captune leaderboard --tag'")
+    tag.add_argument("id")
+    tag.add_argument("tags", nargs="*", metavar="TAG", help="in place of those it has; none takes all away")
+    for name, pinned in (("pin", True), ("unpin", False)):
+        help = "show a classifier on the leaderboard whatever the filter" if pinned else "undo 'pin'"
+        pin = command(group, name, classifiers_pin, help)
+        pin.add_argument("id")
+        pin.set_defaults(pinned=pinned)
     command(group, "rm", classifiers_rm, "delete a classifier, its scores and its files").add_argument("id")

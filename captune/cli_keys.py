@@ -5,7 +5,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from captune import tables
+from captune import arguments, tables
+from captune.printing import say, say_json
 from captune.terminal import client_of, show
 from shared.schemas.keys import Key
 
@@ -17,11 +18,14 @@ def create(args: argparse.Namespace) -> int:
         key = client.create_key(
             owner=args.owner,
             name=args.name,
-            scopes=args.scopes.split(","),
+            scopes=args.scopes,
             expires_in_days=args.expires_in_days,
             rate_limit=args.rate_limit,
         )
-    print(key.model_dump_json(indent=2) if args.json else f"{key.id}  {key.key}  (shown this once)")
+    if args.json:
+        say_json(key)
+    else:
+        say(f"{key.id}  {key.key}  (shown this once)")
     return 0
 
 
@@ -30,7 +34,7 @@ def list_keys(args: argparse.Namespace) -> int:
         if args.json:
             show(args, client.keys())
         else:
-            print(tables.table(HEADER, map(_row, client.keys())))
+            say(tables.table(HEADER, map(_row, client.keys())))
     return 0
 
 
@@ -63,8 +67,9 @@ def add(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     made.add_argument("--owner", required=True)
     made.add_argument("--name", default="", help="what it is for, to tell it apart by")
     made.add_argument(
-        "--scopes", default="read,write", help="comma-separated: read, write, admin (default: read,write)"
-    )
+        "--scopes", type=arguments.names, default=["read", "write"],
+        help="comma-separated: read, write, admin (default: read,write)",
+    )  # fmt: skip
     made.add_argument("--expires-in-days", type=int, metavar="N", help="default: never")
     made.add_argument(
         "--rate-limit", metavar="N/UNIT", help="such as 600/second, 50/minute or off (default: the server's)"

@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from captune import tables
+from captune import arguments, tables
 from captune.client import Client
+from captune.printing import note, say, say_json
 from captune.terminal import client_of
 
 FORMATS = ("table", "json", "csv", "markdown", "latex")
@@ -14,7 +15,8 @@ _FILTERS = ("metric", "split", "head", "model", "method", "captioner", "protocol
 
 def leaderboard(args: argparse.Namespace) -> int:
     filters = {name: value for name in _FILTERS if (value := getattr(args, name)) is not None}
-    filters["shots"] = int(args.shots) if args.shots and args.shots.isdigit() else args.shots
+    if "shots" in args:
+        filters["shots"] = args.shots or "full"
     filters["group_id"] = args.group
     format = "json" if args.json else args.format
     with client_of(args) as client:
@@ -22,12 +24,19 @@ def leaderboard(args: argparse.Namespace) -> int:
             if format not in ("table", "json"):
                 raise ValueError(f"--watch shows the table, or JSON; leave out --format {format}")
             for board in client.watch_leaderboard(args.dataset_id, **filters):
-                print("\n" + tables.leaderboard(board) if format == "table" else board.model_dump_json(), flush=True)
-        elif format in ("table", "json"):
-            board = client.leaderboard(args.dataset_id, **filters)
-            print(tables.leaderboard(board) if format == "table" else board.model_dump_json(indent=2))
+                if format == "json":
+                    say_json(board, indent=None)
+                else:
+                    say("\n" + tables.leaderboard(board))
+        elif format == "json":
+            say_json(client.leaderboard(args.dataset_id, **filters))
+        elif format == "table":
+            say(tables.leaderboard(client.leaderboard(args.dataset_id, **filters)))
         else:
-            print(client.leaderboard_text(args.dataset_id, format, **filters), end="")
+            text, more = client.leaderboard_text(args.dataset_id, format, **filters)
+            say(text, end="")
+            if more:
+                note("there are more rows than these: --limit can be up to 1000, and --format json has all")
     return 0
 
 
@@ -35,7 +44,10 @@ def compare(args: argparse.Namespace) -> int:
     with client_of(args) as client:
         a, b = row_ids(client, args, args.a, args.b)
         found = client.compare(args.dataset_id, a, b, split=args.split, head=args.head)
-    print(found.model_dump_json(indent=2) if args.json else tables.comparison(found))
+    if args.json:
+        say_json(found)
+    else:
+        say(tables.comparison(found))
     return 0
 
 
@@ -58,7 +70,10 @@ def add(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     board.add_argument("dataset_id")
     board.add_argument("--metric", help="what it is ranked by (default: top1)")
     _scored(board)
-    board.add_argument("--shots", help="a number, or 'full'")
+    board.add_argument(
+        "--shots", type=arguments.shots, default=argparse.SUPPRESS,  # None is 'all'
+        help="only rows of so many images per class, or 'all': of every image",
+    )  # fmt: skip
     board.add_argument("--method")
     board.add_argument("--model")
     board.add_argument("--captioner")
@@ -66,7 +81,10 @@ def add(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     board.add_argument("--tag")
     board.add_argument("--group", metavar="GROUP_ID", help="only the runs of one sweep")
     board.add_argument("--order", choices=["best", "asc", "desc"], help="default: best first")
-    board.add_argument("--limit", type=int, help="rows (default: all)")
+    board.add_argument(
+        "--limit", type=int,
+        help="rows, up to 1000 (default: all; 1000 with --format csv, markdown or latex, 100 with --watch)",
+    )  # fmt: skip
     board.add_argument("--format", choices=FORMATS, default="table")
     board.add_argument("--watch", action="store_true", help="again whenever it has changed, until Ctrl-C")
     pair = command(commands, "compare", compare, "two rows of a leaderboard, image by image")

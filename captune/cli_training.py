@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Any, get_args
 
-from captune import tables
+from captune import arguments, tables
 from captune.client import Client
+from captune.printing import note, say, say_json
 from captune.progress import ProgressBar
 from captune.terminal import client_of, finish, show
 from shared.schemas.common import Progress
@@ -32,7 +32,7 @@ def train(args: argparse.Namespace) -> int:
         "tags": args.tag,
     }
     if args.exclude_flags is not None:
-        request["exclude_flags"] = _flags(args.exclude_flags)
+        request["exclude_flags"] = args.exclude_flags
     with client_of(args) as client:
         jobs = [client.train(seed=seed, **request) for seed in args.seeds]
         return max(finish(args, client, job, f"{args.method} seed {job.seed}") for job in jobs)
@@ -51,7 +51,7 @@ def sweep(args: argparse.Namespace) -> int:
         "tags": args.tag,
     }
     if args.exclude_flags is not None:
-        request["exclude_flags"] = _flags(args.exclude_flags)
+        request["exclude_flags"] = args.exclude_flags
     with client_of(args) as client:
         request["methods"] = method_specs(client.methods(), args.methods, args.preset, args.set, args.grid)
         if args.group is None:
@@ -129,7 +129,7 @@ def _soups(client: Client, group: Group) -> list[FineTuningJob]:
     names = ("model", "shots", "shot_seed", "validation")
     enough = [dict(zip(names, key, strict=True)) for key, count in sets.items() if count > 1]
     if not enough:
-        print("no soup: it needs two fine-tunes of a model on the same images, validated", file=sys.stderr)
+        note("no soup: it needs two fine-tunes of a model on the same images, validated")
     return [client.soup(group.id, **each) for each in enough]
 
 
@@ -137,12 +137,12 @@ def _print_group(args: argparse.Namespace, client: Client, group: Group, *, boar
     found = client.leaderboard(group.dataset_id, group_id=group.id) if board else None
     if args.json:
         body = group.model_dump()
-        print(json.dumps(body if found is None else {"group": body, "leaderboard": found.model_dump()}, indent=2))
+        say_json(body if found is None else {"group": body, "leaderboard": found.model_dump()})
     else:
         counts = ", ".join(f"{n} {status}" for status, n in group.counts.items())
-        print(f"{group.id}  {group.status}: {counts}; {group.scored} scored")
+        say(f"{group.id}  {group.status}: {counts}; {group.scored} scored")
         if found is not None:
-            print(f"\n{tables.leaderboard(found)}")
+            say(f"\n{tables.leaderboard(found)}")
     return 0 if group.counts.get("failed", 0) == 0 else 1
 
 
@@ -173,7 +173,10 @@ def methods(args: argparse.Namespace) -> int:
     chosen = next((method for method in found if method.name == args.name), None)
     if chosen is None:
         raise ValueError(f"there is no method '{args.name}'; there are: {', '.join(m.name for m in found)}")
-    print(chosen.model_dump_json(indent=2) if args.json else _method(chosen))
+    if args.json:
+        say_json(chosen)
+    else:
+        say(_method(chosen))
     return 0
 
 
@@ -240,22 +243,6 @@ def _values(text: str) -> tuple[str, list[Any]]:
     return name, [_value(part) for part in values.split(",")]
 
 
-def _flags(text: str) -> list[str]:
-    return [flag for flag in text.split(",") if flag]
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def _shots(text: str) -> list[int | None]:
-    return [None if part.strip() in ("all", "full") else int(part) for part in text.split(",")]
-
-
 def add(
     commands: Any, command: Callable[..., argparse.ArgumentParser], waiting: Callable[[argparse.ArgumentParser], None]
 ) -> None:
@@ -265,9 +252,11 @@ def add(
     tune.add_argument("--method", default="mmft", help="see 'captune methods' (default: mmft)")
     tune.add_argument("--captions", metavar="CAPTION_JOB_ID", help="needed by methods that read captions")
     tune.add_argument("--model", default="starter")
-    tune.add_argument("--shots", type=int, help="training images per class (default: all)")
+    tune.add_argument("--shots", type=arguments.shots, help="training images per class, or 'all' (default: all)")
     tune.add_argument("--shot-seed", type=int, default=0)
-    tune.add_argument("--seeds", type=_integers, default=[0], help="training seeds, comma-separated (default: 0)")
+    tune.add_argument(
+        "--seeds", type=arguments.integers, default=[0], help="training seeds, comma-separated (default: 0)"
+    )
     tune.add_argument(
         "--set", type=assignment, action="append", default=[], metavar="NAME=VALUE", help="hyperparameter; repeatable"
     )
@@ -276,14 +265,20 @@ def add(
 
     many = command(commands, "sweep", sweep, "every combination of lists, as one group; then its leaderboard")
     many.add_argument("dataset_id")
-    many.add_argument("--methods", type=_names, default=["mmft"], help="comma-separated (default: mmft)")
-    many.add_argument("--models", type=_names, default=["starter"], help="comma-separated (default: starter)")
+    many.add_argument("--methods", type=arguments.names, default=["mmft"], help="comma-separated (default: mmft)")
+    many.add_argument("--models", type=arguments.names, default=["starter"], help="comma-separated (default: starter)")
     many.add_argument(
-        "--captions", type=_names, default=[], metavar="CAPTION_JOB_IDS", help="for the methods that read captions"
+        "--captions",
+        type=arguments.names,
+        default=[],
+        metavar="CAPTION_JOB_IDS",
+        help="for the methods that read captions",
     )
-    many.add_argument("--shots", type=_shots, default=[None], help="numbers or 'all', comma-separated (default: all)")
-    many.add_argument("--seeds", type=_integers, default=[0, 1, 2], help="comma-separated (default: 0,1,2)")
-    many.add_argument("--shot-seeds", type=_integers, help="each with each seed (default: each seed's own)")
+    many.add_argument(
+        "--shots", type=arguments.shot_list, default=[None], help="numbers or 'all', comma-separated (default: all)"
+    )
+    many.add_argument("--seeds", type=arguments.integers, default=[0, 1, 2], help="comma-separated (default: 0,1,2)")
+    many.add_argument("--shot-seeds", type=arguments.integers, help="each with each seed (default: each seed's own)")
     many.add_argument(
         "--set", type=assignment, action="append", default=[], metavar="[METHOD.]NAME=VALUE",
         help="hyperparameter, of one method or of all that have it; repeatable",
@@ -314,6 +309,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="default", choices=PRESETS, help="what hyperparameters not set are")
     parser.add_argument(
         "--exclude-flags",
+        type=arguments.names,
         metavar="FLAGS",
         help="leave out captions with one of these, comma-separated ('' for none; default: those that are wrong or "
         "say nothing new)",

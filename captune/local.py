@@ -3,26 +3,27 @@ import them only here."""
 
 import argparse
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from captune.connection import default_state_dir
+from captune.printing import note, say
 
 
 def up(args: argparse.Namespace) -> int:
-    from services.embedded.stack import Stack
+    from services.embedded.stack import Stack, docs_url
     from shared.errors import CaptuneError
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both raise KeyboardInterrupt, during the start too
     state_dir: Path = args.state_dir or default_state_dir()
     try:
         with Stack(state_dir, port=args.port, say=_say) as stack:
-            print(f"Captune is up:  {stack.url}   (API docs: {stack.url}/docs)")
-            print(f"API key:        {stack.api_key}")
-            print(f"State and logs: {stack.state_dir}")
-            print("Stop with Ctrl-C.", flush=True)
+            docs = docs_url(stack.url)
+            say(f"Captune is up:  {stack.url}" + (f"   (API docs: {docs})" if docs else ""))
+            say(f"API key:        {stack.api_key}")
+            say(f"State and logs: {stack.state_dir}")
+            say("Stop with Ctrl-C.")
             try:
                 while True:
                     stack.check()
@@ -35,7 +36,7 @@ def up(args: argparse.Namespace) -> int:
         _say("stopped before it was up")
         return 130
     except CaptuneError as error:
-        print(f"captune: {error.message}", file=sys.stderr)
+        note(f"captune: {error.message}")
         return 1
     return 0
 
@@ -48,7 +49,7 @@ def demo(args: argparse.Namespace) -> int:
     try:
         return run(args.state_dir or default_state_dir(), args.port)
     except CaptuneError as error:
-        print(f"captune: {error.message}", file=sys.stderr)
+        note(f"captune: {error.message}")
         return 1
 
 
@@ -63,7 +64,7 @@ def collect(args: argparse.Namespace) -> int:
             migrate(core.db)
             settings = core.settings
             retention = settings.retention if isinstance(settings, CollectorSettings) else Retention()
-            print(run(core, retention, args.dry_run).table())
+            say(run(core, retention, args.dry_run).table())
 
     return _reported(work)
 
@@ -73,7 +74,7 @@ def backup(args: argparse.Namespace) -> int:
 
     def work() -> None:
         made = backup(args.state_dir or default_state_dir(), args.folder, _say)
-        print(f"{args.folder}: {sum(made['rows'].values()):,} rows, {made['objects']:,} files, {made['bytes']:,} bytes")
+        say(f"{args.folder}: {sum(made['rows'].values()):,} rows, {made['objects']:,} files, {made['bytes']:,} bytes")
 
     return _reported(work)
 
@@ -85,7 +86,7 @@ def restore(args: argparse.Namespace) -> int:
 
     def work() -> None:
         made = restore(args.folder, state_dir, _say)
-        print(f"{state_dir}: {sum(made['rows'].values()):,} rows and {made['objects']:,} files, all there and whole")
+        say(f"{state_dir}: {sum(made['rows'].values()):,} rows and {made['objects']:,} files, all there and whole")
 
     return _reported(work)
 
@@ -96,10 +97,10 @@ def _reported(work: Callable[[], None]) -> int:
     try:
         work()
     except (CaptuneError, OSError) as error:
-        print(f"captune: {error.message if isinstance(error, CaptuneError) else error}", file=sys.stderr)
+        note(f"captune: {error.message if isinstance(error, CaptuneError) else error}")
         return 1
     return 0
 
 
 def _say(text: str) -> None:
-    print(f"  {text} …", file=sys.stderr, flush=True)
+    note(f"  {text} …")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from captune.printing import printable
 from shared.schemas.captions import Caption, CaptionPreview, CaptionReport
 from shared.schemas.evaluations import Comparison, Leaderboard
 
@@ -9,8 +10,8 @@ TEXT_WIDTH = 60
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns padded to their widest cell; numbers to the right."""
-    cells = [[("-" if cell is None else str(cell)) for cell in row] for row in rows]
+    """Columns padded to their widest cell; numbers to the right. No cell can be more than one line."""
+    cells = [[("-" if cell is None else printable(str(cell))) for cell in row] for row in rows]
     widths = [max(len(name), *(len(row[i]) for row in cells)) if cells else len(name) for i, name in enumerate(header)]
     numeric = [all(_is_number(row[i]) for row in cells) for i in range(len(header))]
 
@@ -28,7 +29,8 @@ def _is_number(cell: str) -> bool:
 def leaderboard(board: Leaderboard) -> str:
     """Fractions are shown as percentages; one table per validation protocol."""
     scale, unit = (100.0, " %") if board.unit == "fraction" else (1.0, "")
-    parts = [f"{board.dataset_name}: {board.metric}{unit} on {board.split}, mean ± standard error over seeds"]
+    name = printable(board.dataset_name)
+    parts = [f"{name}: {board.metric}{unit} on {board.split}, mean ± standard error over seeds"]
     header = ("#", "method", "model", "shots", board.metric, "runs", "", "ECE", "NLL", "train s", "captions s", "id")
     for changed, protocol in dict.fromkeys((row.data_changed, row.protocol) for row in board.rows):
         rows = []
@@ -119,7 +121,7 @@ def preview(found: CaptionPreview) -> str:
     if found.captions_per_second is not None:
         rows.append(("measured rate", f"{found.captions_per_second:.1f} captions/s"))
     parts = [f"{name:<18} {value}" for name, value in rows]
-    parts += ["", f"{found.path}, class {found.class_name}, called '{found.display_name}':"]
+    parts += ["", printable(f"{found.path}, class {found.class_name}, called '{found.display_name}':")]
     for each in found.examples:
         parts += ["", f"-- {each.characteristic}", each.prompt]
         if each.text is not None:

@@ -1,13 +1,13 @@
 """What the commands share: a client by the common options, printing, and waiting for a job."""
 
 import argparse
-import json
 from collections.abc import Iterable
 
 from pydantic import BaseModel
 
 from captune import tables
 from captune.client import Client
+from captune.printing import say, say_json
 from captune.progress import ProgressBar
 from shared.schemas.common import JobResource
 
@@ -19,13 +19,13 @@ def client_of(args: argparse.Namespace) -> Client:
 def show(args: argparse.Namespace, rows: BaseModel | Iterable[BaseModel], header: tuple[str, ...] = ()) -> None:
     """JSON of everything, or a table of the fields named."""
     if isinstance(rows, BaseModel):
-        print(rows.model_dump_json(indent=2))
+        say_json(rows)
         return
     found = list(rows)
     if args.json:
-        print(json.dumps([row.model_dump() for row in found], indent=2))
+        say_json([row.model_dump() for row in found])
     else:
-        print(tables.table(header, ([getattr(row, name) for name in header] for row in found)))
+        say(tables.table(header, ([getattr(row, name) for name in header] for row in found)))
 
 
 def finish(args: argparse.Namespace, client: Client, job: JobResource, label: str) -> int:
@@ -34,7 +34,7 @@ def finish(args: argparse.Namespace, client: Client, job: JobResource, label: st
         with ProgressBar(label) as bar:
             job = client.wait(job, bar)
     if args.json:
-        print(job.model_dump_json(indent=2))
+        say_json(job)
     else:
-        print(f"{job.id}  {job.status}" + (f": {job.error.message}" if job.error else ""))
+        say(f"{job.id}  {job.status}" + (f": {job.error.message}" if job.error else ""))
     return 0 if job.status in ("queued", "running", "succeeded") else 1

@@ -14,6 +14,7 @@ from captune.errors import CaptuneAPIError
 M = TypeVar("M", bound=BaseModel)
 
 LONG = httpx.Timeout(60.0, read=600.0, write=600.0)  # uploads, and what a model or a whole job is looked at for
+RECONNECTS = 30  # a connection that breaks is taken up again where it was, a second apart
 
 
 class Transport:
@@ -76,6 +77,10 @@ class Transport:
             if not answer["has_more"]:
                 return
             params["after"] = answer["last_id"]
+
+
+def given(filters: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in filters.items() if value is not None}
 
 
 def server_sent_events(lines: Iterator[str]) -> Iterator[tuple[str, str | None, Any]]:

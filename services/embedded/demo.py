@@ -2,7 +2,6 @@
 what the first one made and does nothing twice."""
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +13,9 @@ import httpx
 from captune import tables
 from captune.client import Client
 from captune.errors import CaptuneAPIError, ConnectionNotFound
+from captune.printing import note, say
 from captune.progress import ProgressBar
-from services.embedded.stack import Stack
+from services.embedded.stack import Stack, docs_url
 from shared.errors import Unavailable
 from shared.schemas.captions import CaptionJob, CaptionJobRequest
 from shared.schemas.common import JobResource
@@ -40,12 +40,13 @@ def run(state_dir: Path, port: int) -> int:
         captions = _captions(client, dataset)
         jobs = _training(client, dataset, captions)
         evaluated = _scores(client, dataset)
-        print(f"\n{tables.leaderboard(client.leaderboard(dataset.id))}\n")
-        print(f'captions:     {client.url}/v1/datasets/{dataset.id}/captions   (e.g. "{_example(client, dataset)}")')
+        say(f"\n{tables.leaderboard(client.leaderboard(dataset.id))}\n")
+        say(f'captions:     {client.url}/v1/datasets/{dataset.id}/captions   (e.g. "{_example(client, dataset)}")')
         store = os.environ.get("STORAGE_URL", folder / "store")
-        print(f"checkpoints:  {store}/classifiers   ({len(jobs)} fine-tuned, {evaluated} scored)")
-        print(f"API docs:     {client.url}/docs   (while the server runs: captune up --state-dir {folder})")
-    print(f"done in {time.monotonic() - began:.0f} s")
+        say(f"checkpoints:  {store}/classifiers   ({len(jobs)} fine-tuned, {evaluated} scored)")
+        if docs := docs_url(client.url):
+            say(f"API docs:     {docs}   (while the server runs: captune up --state-dir {folder})")
+    say(f"done in {time.monotonic() - began:.0f} s")
     return 0
 
 
@@ -67,7 +68,7 @@ def _server(state_dir: Path, port: int) -> Iterator[tuple[Client, Path]]:
 
 
 def _say(text: str) -> None:
-    print(f"  {text}", file=sys.stderr, flush=True)
+    note(f"  {text}")
 
 
 def _finished(client: Client, job: J, label: str) -> J:

@@ -157,6 +157,16 @@ class Stack:
         self.stop()
 
 
+def docs_url(url: str) -> str | None:
+    """Where the API's documentation is, unless `CAPTUNE_DOCS=off` closed it. The server is asked: it may have been
+    started with other settings than this process has."""
+    page = f"{url}/docs"
+    try:
+        return page if httpx.get(page, timeout=5.0, trust_env=False).is_success else None
+    except httpx.TransportError:
+        return None
+
+
 def stored_key(database: Database, key: str, say: Callable[[str], None]) -> str:
     """`key`, stored; or another where it was revoked."""
     with database.transaction() as session:

@@ -192,8 +192,12 @@ def test_killed_postgres_and_valkey_are_started_again_and_the_rest_survives(runn
     assert running.process.poll() is None
 
 
-def test_two_side_by_side_and_ctrl_c_leaves_nothing(running: Up, start: Callable[..., Up]) -> None:
+def test_two_side_by_side_and_ctrl_c_leaves_nothing(
+    running: Up, start: Callable[..., Up], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAPTUNE_DOCS", "off")
     other = start().ready()
+    assert "docs" not in other.output.read_text(), "it does not send anybody to a page that is closed"
     assert other.connection["url"] != running.connection["url"]
     assert other.connection["api_key"] != running.connection["api_key"]
     assert len(other.living()) > len(EXPECTED)  # PostgreSQL and Valkey besides

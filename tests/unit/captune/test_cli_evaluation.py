@@ -23,6 +23,11 @@ EVALUATION = {
     "split": "test",
     "scores": {"top1": 0.75, "nll": 1.25},
 }
+CLASSIFIER = {
+    **{"id": "clf_1", "job_id": "ft_1", "dataset_id": "ds_1", "model": "starter", "method": "mmft", "shots": 4},
+    **{"hyperparameters": {}, "shot_seed": 0, "seed": 0, "protocol": "full", "caption_job_id": None, "details": {}},
+    **{"captioner": None, "suffix": None, "setting": "a", "data_fingerprint": "f", "storage_key": "k", "created_at": 0},
+}
 Answer = Callable[[httpx.Request], httpx.Response]
 
 
@@ -116,6 +121,26 @@ def test_predictions_of_files_and_folders(
     (tmp_path / "empty").mkdir()
     assert run("predict", "clf_1", str(tmp_path / "empty")) == 2
     assert run("predict", "clf_1", str(tmp_path / "missing.png")) == 2
+
+
+def test_a_classifier_is_tagged_and_pinned(serve: Callable[[Answer], None], capsys: pytest.CaptureFixture[str]) -> None:
+    """What is not said stays as it is."""
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append((request.method, request.url.path, json.loads(request.content)))
+        return httpx.Response(200, json=CLASSIFIER | asked[-1][2])
+
+    serve(answer)
+    assert run("classifiers", "tag", "clf_1", "best", "paper") == 0
+    assert capsys.readouterr().out == "clf_1  not pinned  tags: best, paper\n"
+    assert run("classifiers", "tag", "clf_1") == 0
+    assert run("classifiers", "pin", "clf_1") == 0
+    assert capsys.readouterr().out.endswith("clf_1  pinned  tags: none\n")
+    assert run("classifiers", "unpin", "clf_1", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["pinned"] is False
+    sent = [{"tags": ["best", "paper"]}, {"tags": []}, {"pinned": True}, {"pinned": False}]
+    assert asked == [("PATCH", "/v1/classifiers/clf_1", body) for body in sent]
 
 
 def archive_of(*names: str) -> bytes:

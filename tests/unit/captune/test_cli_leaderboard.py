@@ -41,7 +41,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], list[httpx.Requ
             self._http = httpx.Client(base_url="http://server", transport=httpx.MockTransport(handle))
 
         monkeypatch.setattr(Client, "__init__", connect)
-        monkeypatch.setattr("captune.client.time.sleep", lambda _: None)
+        monkeypatch.setattr("time.sleep", lambda _: None)
         return asked
 
     return use
@@ -71,9 +71,10 @@ def test_all_pages_make_one_table(serve: Any, capsys: pytest.CaptureFixture[str]
 
 def test_a_limit_asks_for_one_page(serve: Any, capsys: pytest.CaptureFixture[str]) -> None:
     asked = serve(lambda _: httpx.Response(200, json=page([row()], more=True)))
-    assert run("leaderboard", "ds_1", "--limit", "1", "--format", "json") == 0
+    assert run("leaderboard", "ds_1", "--limit", "1", "--format", "json", "--shots", "all") == 0
     assert json.loads(capsys.readouterr().out)["has_more"] is True
-    assert len(asked) == 1
+    (request,) = asked
+    assert (request.url.params["limit"], request.url.params["shots"]) == ("1", "full")
 
 
 @pytest.mark.parametrize("format", ["csv", "markdown", "latex"])
@@ -82,6 +83,17 @@ def test_other_formats_are_printed_as_they_come(serve: Any, capsys: pytest.Captu
     assert run("leaderboard", "ds_1", "--format", format) == 0
     assert asked[0].url.params["format"] == format
     assert capsys.readouterr().out.startswith("a,b")
+
+
+def test_rows_that_a_text_leaves_out_are_told_beside_it(serve: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    link = {"Link": '</v1/leaderboard?dataset_id=ds_1&after=aaaa1111>; rel="next"'}
+    serve(lambda request: httpx.Response(200, text="a,b\r\n", headers=link if "tag" in request.url.params else {}))
+    assert run("leaderboard", "ds_1", "--format", "csv", "--tag", "x") == 0
+    printed = capsys.readouterr()
+    assert printed.out == "a,b\r\n", "as it came, for a file"
+    assert "there are more rows than these" in printed.err
+    run("leaderboard", "ds_1", "--format", "csv")
+    assert capsys.readouterr().err == ""
 
 
 def test_watching_asks_with_the_tag_and_shows_what_changed(serve: Any, capsys: pytest.CaptureFixture[str]) -> None:

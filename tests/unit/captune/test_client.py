@@ -74,7 +74,7 @@ class Broken(httpx.SyncByteStream):
 @pytest.fixture
 def connect(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[httpx.Request], httpx.Response]], Client]:
     """A client whose server is a function."""
-    monkeypatch.setattr("captune.client.time.sleep", lambda _: None)
+    monkeypatch.setattr("time.sleep", lambda _: None)
 
     def made(answer: Callable[[httpx.Request], httpx.Response]) -> Client:
         connected = Client("http://server", "key")

@@ -53,7 +53,7 @@ def test_a_pool_leaves_so_many_and_no_full(
     named = f"dtd={folders['dtd']}"
     assert run(tmp_path, "--datasets", named, "--pool", "2", "--shots", "1,2", "--dry-run", "--json") == 0
     assert json.loads(capsys.readouterr().out)[0]["images"] == {"train": 6, "val": 6, "test": 9}
-    for shots in ("1,full", "1,4"):
+    for shots in ("1,full", "1,all", "1,4"):
         assert run(tmp_path, "--datasets", named, "--pool", "2", "--shots", shots, "--dry-run") == 2
         assert "--pool 2" in capsys.readouterr().err
 
@@ -65,7 +65,7 @@ def test_a_pool_leaves_so_many_and_no_full(
         (["--datasets", "mnist=/data"], "there is no data set 'mnist'; there are dtd, flowers102"),
         (["--datasets", "dtd=/a,dtd=/b"], "'dtd' is given twice"),
         (["--datasets", "dtd=/nowhere/at/all"], "is no folder"),
-        (["--datasets", "dtd=/a", "--shots", "1,all"], "'all' is neither a number of images per class nor 'full'"),
+        (["--datasets", "dtd=/a", "--shots", "1,few"], "'few' is neither a number of images per class nor 'all'"),
         (["--datasets", "dtd=/a", "--shots", "0"], "'0' is neither"),
         (["--datasets", "dtd=/a", "--seeds", "0"], "'0' is no number from 1"),
     ],

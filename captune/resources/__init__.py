@@ -1,0 +1,1 @@
+"""What the client can ask for: one file for each resource, all of them in captune.client.Client."""
