@@ -47,4 +47,4 @@ class Datasets(Transport):
         return Dataset.model_validate(answer.json())
 
     def delete_dataset(self, dataset_id: str) -> None:
-        self._send("DELETE", f"/v1/datasets/{dataset_id}")
+        self._send("DELETE", f"/v1/datasets/{dataset_id}", timeout=LONG)
