@@ -7,7 +7,7 @@ blobs in the store and differ in their hashes, so that every caption is asked fo
 and one over all of them, then the second once more: what exists already is only taken over. Of each: the rate of
 captioning (read, prompt, inspect, commit), the seconds of the pass over all captions that finds duplicates, and this
 process's peak resident memory after either. Memory must not grow with the images while captioning; the pass keeps
-about 300 bytes a caption. A table, then one JSON line. The target is 3,000 captions/s."""
+something of each caption. A table, then one JSON line. The target is 3,000 captions/s."""
 
 import argparse
 import json

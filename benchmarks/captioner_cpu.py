@@ -89,8 +89,8 @@ def one_at_a_time(folder: Path, asked: list[tuple[bytes, str]], precision: str) 
     return len(asked) / (time.perf_counter() - began)
 
 
-def in_process(spec: EngineSpec, asked: list[tuple[bytes, str]]) -> float:
-    engine = build("bench", spec)
+def in_process(spec: EngineSpec, folder: str, asked: list[tuple[bytes, str]]) -> float:
+    engine = build("bench", spec, [Path(folder)])
     batcher = Batcher(engine, queue_size=len(asked), max_wait_ms=MAX_WAIT_MS, request_timeout_s=3600)
     batcher.start()
     while batcher.state == "loading":
@@ -171,15 +171,15 @@ def main() -> None:
         spec = {
             "type": "hf",
             "model": str(Path(folder) / "mllm"),
-            "model_roots": [folder],
             "precision": args.precision,
             "device": "cpu",
             "max_batch": args.max_batch,
         }
         loop = one_at_a_time(Path(folder) / "mllm", asked[:: max(1, len(asked) // LOOPED)][:LOOPED], args.precision)
-        engine = in_process(EngineSpec.model_validate(spec), asked)
+        engine = in_process(EngineSpec.model_validate(spec), folder, asked)
         env = {
             "CAPTUNE_ENGINES": json.dumps({"bench": spec}),
+            "CAPTUNE_MODEL_ROOTS": folder,
             "CAPTUNE_MAX_WAIT_MS": str(MAX_WAIT_MS),
             "CAPTUNE_REQUEST_TIMEOUT_S": "3600",
             "CAPTUNE_CAPTION_CONCURRENCY": str(2 * args.max_batch),

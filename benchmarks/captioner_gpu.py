@@ -109,13 +109,12 @@ def run(model: str, folder: Path, precision: str, batches: list[int], device: to
         {
             "type": "hf",
             "model": str(folder),
-            "model_roots": [str(folder.parent)],
             "precision": precision,
             "device": device.type,
             "max_batch": max(batches),
         }
     )
-    engine: Any = build("bench", spec)
+    engine: Any = build("bench", spec, [folder.parent])
     engine.load()
     weights = sum(p.nbytes for p in engine._model.parameters()) + sum(b.nbytes for b in engine._model.buffers())
     read_ms = 1000 * weights / bandwidth(device)

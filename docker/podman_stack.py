@@ -1,8 +1,8 @@
 """docker-compose.yml under podman, on a Debian machine without a Docker engine. docker/compose_check.py uses it.
 
-A debootstrapped base and Debian's PostgreSQL, Redis and Caddy (docker/check/) stand in for the official images. podman-
-compose turns the services into containers; the waiting for `depends_on` conditions is done here, because podman 4.3
-cannot wait for health and runs health checks through systemd timers, which a bare machine may not have.
+A debootstrapped base, Debian's PostgreSQL and Redis, and Caddy from PyPI (docker/check/) stand in for the official
+images. podman-compose turns the services into containers; the waiting for `depends_on` conditions is done here, because
+podman 4.3 cannot wait for health and runs health checks through systemd timers, which a bare machine may not have.
 """
 
 import json

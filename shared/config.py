@@ -4,10 +4,10 @@
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AliasChoices, BeforeValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from shared.schemas.keys import RateLimit
 
@@ -18,6 +18,16 @@ def _user_cache() -> Path:
 
 def _plain(name: str) -> AliasChoices:
     return AliasChoices(name, name.lower())
+
+
+def _folders(value: object) -> object:
+    """A list as PATH has it (`/models:/more`), each from the root or from a home folder on."""
+    if not isinstance(value, str):
+        return value
+    folders = [Path(folder).expanduser() for folder in value.split(os.pathsep) if folder]
+    if odd := [str(folder) for folder in folders if not folder.is_absolute()]:
+        raise ValueError(f"write absolute paths with '{os.pathsep}' between them; {odd[0]!r} is none")
+    return folders
 
 
 class CoreSettings(BaseSettings):
@@ -54,9 +64,11 @@ class CoreSettings(BaseSettings):
     retry_seconds: float = 5.0  # before a failed attempt is repeated; four times as long after each further failure
     max_failures: int = 5  # crashes and unexpected errors in a row, without progress, before a job fails for good
 
-    model_cache: Path = Field(default_factory=_user_cache)  # downloaded weights, and the starter once it is built
+    # Downloaded CLIPs, and the starter once it is built. (Caption models: HF_HUB_CACHE, as the hub's tools have it.)
+    model_cache: Path = Field(default_factory=_user_cache)
     cache_bytes: int = Field(default=20 * 2**30, ge=0)  # of decoded images and embeddings kept there at most; 0: none
-    model_roots: list[Path] = []  # folders below which `model` may name a local directory
+    # Folders below which a CLIP or a caption model may be a local directory, as in PATH: `/models:/more`.
+    model_roots: Annotated[list[Path], NoDecode, BeforeValidator(_folders)] = []
     log_level: str = "INFO"
     metrics_port: int = 0  # where workers and the reconciler serve their metrics, on every address; 0: nowhere
     otlp_endpoint: str | None = None  # an OpenTelemetry collector (OTLP over HTTP) that traces are sent to

@@ -15,7 +15,8 @@ from redis.retry import Retry
 from rq import Queue
 from rq.serializers import JSONSerializer
 
-KINDS = ("ingest", "caption", "fine_tune", "evaluate")  # one queue, and one kind of worker, each
+#: One queue, and one kind of worker, each; and what users call such a job.
+KINDS = {"ingest": "data set", "caption": "caption job", "fine_tune": "fine-tuning job", "evaluate": "evaluation"}
 
 FUNCTION = "captune.job"  # RQ wants a name; workers run one thing, whatever it says
 

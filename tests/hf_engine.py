@@ -12,8 +12,8 @@ from services.captioner.settings import EngineSpec
 
 def make(checkpoint: Path, **spec: Any) -> HFEngine:
     """`spec`: fields of EngineSpec; fp32 on the CPU where they say nothing else."""
-    options = {"type": "hf", "device": "cpu", "precision": "fp32", "model_roots": [checkpoint.parent], **spec}
-    engine = build("tiny", EngineSpec(model=str(checkpoint), **options))
+    options = {"type": "hf", "device": "cpu", "precision": "fp32", **spec}
+    engine = build("tiny", EngineSpec(model=str(checkpoint), **options), [checkpoint.parent])
     assert isinstance(engine, HFEngine)
     engine.load()
     return engine

@@ -30,7 +30,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.captioner_settings = settings
     app.state.batchers = {
         name: Batcher(
-            build(name, spec),
+            build(name, spec, app.state.core.settings.model_roots),
             queue_size=settings.queue_size,
             max_wait_ms=settings.max_wait_ms,
             request_timeout_s=settings.request_timeout_s,

@@ -1,6 +1,5 @@
 """Settings of the captioner, read from ``CAPTUNE_*`` when ``CaptionerSettings()`` is called."""
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl, JsonValue, SecretStr, field_validator
@@ -17,7 +16,7 @@ class EngineSpec(BaseModel):
     """What to build one engine from.
 
     ``model`` is a hub id or a local directory; directories are accepted only below one of
-    ``model_roots``, so that nobody can make the service read an arbitrary path.
+    ``CAPTUNE_MODEL_ROOTS``, so that nobody can make the service read an arbitrary path.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -28,7 +27,6 @@ class EngineSpec(BaseModel):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     max_batch: int | None = Field(default=None, ge=1, le=1024)
     max_pixels: int = Field(default=1_048_576, ge=1024, description="Larger pictures are scaled down to this area.")
-    model_roots: tuple[Path, ...] = ()
     # hf
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     compile: bool = Field(default=False, description="torch.compile the decoder: slow to start, then measure")

@@ -1,7 +1,7 @@
 """`captune up`: the whole system on one machine, from one command.
 
 Starts a PostgreSQL and a Valkey for what no setting names, migrates, then supervises the API process, one worker per
-queue and the reconciler: the same programs that docker-compose.yml runs."""
+queue, the reconciler and the collector: the same programs that docker-compose.yml runs."""
 
 import json
 import os
@@ -76,6 +76,7 @@ class Stack:
         env.setdefault("PYTHONUNBUFFERED", "1")
         # glibc gives threads that come and go up to 8 heaps a core, each of which keeps what it once grew to.
         env.setdefault("MALLOC_ARENA_MAX", given.get("MALLOC_ARENA_MAX", "2"))
+        env["CAPTUNE_METRICS_PORT"] = "0"  # one port cannot be that of each worker
         self.env = {**given, **env}
 
         self._say("preparing the database")

@@ -15,6 +15,7 @@ from shared.db.models import Base, Job, JobEvent
 from shared.errors import CaptuneError, NotFound
 from shared.jobs import ledger
 from shared.jobs.streams import EventStream, Position
+from shared.queue import KINDS
 from shared.schemas import common
 from shared.web import idempotency
 from shared.web.api import After, CoreDep, IdempotencyKey, Limit, accepted
@@ -26,7 +27,6 @@ S = TypeVar("S", bound=common.Resource)
 M = TypeVar("M", bound=Base)
 Where = list[ColumnElement[bool]]
 MOST_EVENTS = 10**9 - 1  # of one job
-NOUNS = {"ingest": "data set", "caption": "caption job", "fine_tune": "fine-tuning job", "evaluate": "evaluation"}
 
 
 def get_job(session: Session, who: Principal, kind: str, job_id: str, *, lock: bool = False) -> Job:
@@ -34,7 +34,7 @@ def get_job(session: Session, who: Principal, kind: str, job_id: str, *, lock: b
     query = select(Job).where(Job.id == job_id, Job.kind == kind, who.sees(Job.owner))
     job = session.scalar(query.with_for_update() if lock else query)
     if job is None:
-        raise NotFound(f"there is no {NOUNS[kind]} '{job_id}' among yours; list them to see the ids", param="id")
+        raise NotFound(f"there is no {KINDS[kind]} '{job_id}' among yours; list them to see the ids", param="id")
     return job
 
 

@@ -15,7 +15,7 @@ class MethodSpec(Request):
     type: str = Field(default="mmft", description="a method that `GET /v1/fine_tuning/methods` lists")
     preset: Literal["default", "paper"] = Field(
         default="default",
-        description="what hyperparameters that are not given are: ours, or those of the method's paper",
+        description="what hyperparameters that are not given are: ours, or those that MMFT's paper has for the method",
     )
     hyperparameters: dict[str, Any] = {}
 

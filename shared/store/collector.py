@@ -24,8 +24,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from sqlalchemy import func, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
@@ -198,7 +199,9 @@ class CollectorSettings(CoreSettings):
     keep_unreferenced_seconds: float = Field(default=Retention.unreferenced, ge=3600)
     keep_events_seconds: float = Field(default=Retention.events, ge=DAY)
     keep_idempotency_keys_seconds: float = Field(default=Retention.idempotency_keys, ge=DAY)
-    keep_archives_seconds: float | None = Field(default=Retention.archives, ge=0)
+    keep_archives_seconds: Annotated[float | None, BeforeValidator(lambda value: None if value == "off" else value)] = (
+        Field(default=Retention.archives, ge=0)
+    )
 
     @property
     def retention(self) -> Retention:

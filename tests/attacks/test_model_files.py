@@ -258,7 +258,7 @@ def test_an_engines_folder_with_code_is_not_run(tmp_path: Path) -> None:
     )
     (folder / "evil.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
     (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    spec = EngineSpec.model_validate({"type": "hf", "model": str(folder), "model_roots": [tmp_path], "device": "cpu"})
+    spec = EngineSpec.model_validate({"type": "hf", "model": str(folder), "device": "cpu"})
     with pytest.raises(CaptuneError):
-        load_engine(spec, "evil")
+        load_engine(spec, "evil", [tmp_path])
     assert not mark.exists()

@@ -1,4 +1,5 @@
-"""SECURITY.md names the test that holds each promise: those tests exist, and every file of attacks is named."""
+"""SECURITY.md names the test that holds each promise: those tests exist; and every file of attacks is named, there or
+in this folder's README."""
 
 import ast
 import re
@@ -31,3 +32,9 @@ def test_no_promise_is_without_a_test() -> None:
     rows = [row for row in table.splitlines()[2:] if row.startswith("|")]
     assert len(rows) > 15
     assert all("::test_" in row for row in rows)
+
+
+def test_every_file_of_attacks_is_named() -> None:
+    here = Path(__file__).parent
+    pages = (ROOT / "SECURITY.md").read_text() + (here / "README.md").read_text()
+    assert [file.name for file in here.glob("test_*.py") if file.name not in pages] == []

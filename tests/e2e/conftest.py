@@ -71,10 +71,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory, models: Path, model_server: 
     remote["api_key"] = PROVIDER_KEY
     tiny = {"type": "hf", "model": str(models / "mllm"), "precision": "nf4", "device": "cpu"}
     env = {
-        "CAPTUNE_MODEL_ROOTS": json.dumps([str(models)]),
-        "CAPTUNE_ENGINES": json.dumps(
-            {"attributes": {}, "tiny": {**tiny, "model_roots": [str(models)]}, "remote": remote}
-        ),
+        "CAPTUNE_MODEL_ROOTS": str(models),
+        "CAPTUNE_ENGINES": json.dumps({"attributes": {}, "tiny": tiny, "remote": remote}),
         "PGPASSWORD": DATABASE_PASSWORD,  # which this PostgreSQL does not ask for; its clients have it all the same
         "CAPTUNE_LEASE_SECONDS": "2",
         "CAPTUNE_RECONCILE_SECONDS": "0.3",

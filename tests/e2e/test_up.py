@@ -76,7 +76,12 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Up
             process = subprocess.Popen(
                 command("up", "--port", str(port)),
                 cwd=ROOT,
-                env={**os.environ, MARK: marks[-1], "CAPTUNE_STATE_DIR": str(state_dir)},
+                env={
+                    **os.environ,
+                    MARK: marks[-1],
+                    "CAPTUNE_STATE_DIR": str(state_dir),
+                    "CAPTUNE_METRICS_PORT": "9100",
+                },
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 # As in a terminal: a test run that a script put in the background hands down an ignored Ctrl-C.
@@ -129,6 +134,14 @@ def test_it_listens_on_this_machine_only(running: Up) -> None:
         if line.split()[3] == "0A" and line.split()[1].endswith(f":{port:04X}")
     ]
     assert listening == [f"0100007F:{port:04X}"]
+
+
+def test_no_two_of_its_processes_want_one_metrics_port(running: Up) -> None:
+    """The port is for containers. Here the first would have it, and the others crash and be started again for ever."""
+    python = {pid for pid in running.living() if Path(f"/proc/{pid}/comm").read_text().strip() == "python"}
+    services = python - {running.process.pid}
+    assert len(services) >= len(EXPECTED)
+    assert services <= marked({MARK: running.mark, "CAPTUNE_METRICS_PORT": "0"})
 
 
 def test_a_second_one_on_the_same_state_directory_is_refused(running: Up) -> None:

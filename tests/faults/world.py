@@ -122,7 +122,7 @@ class World:
         env = {
             **SETTINGS,
             **self.edges.environment(),
-            "CAPTUNE_MODEL_ROOTS": json.dumps([str(self.folder / "models")]),
+            "CAPTUNE_MODEL_ROOTS": str(self.folder / "models"),
             "CAPTUNE_MODEL_CACHE": str(self.folder / "cache"),
             "CAPTUNE_ENGINES": json.dumps({"attributes": {}, "remote": remote}),
         }

@@ -1,6 +1,5 @@
 """Fine-tuning jobs as a worker does them, on a tiny CLIP: what each leaves in the ledger and in the store."""
 
-import json
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -530,7 +529,7 @@ def test_two_groups_may_fill_one_cache_at_once(
     # One after the other from both groups, so that both workers are at the same things at the same time.
     jobs = [submit(name, values, group_id=group, **body) for name, values, body in plan for group in groups]
     environment = {
-        "CAPTUNE_MODEL_ROOTS": json.dumps([str(model.parent)]),
+        "CAPTUNE_MODEL_ROOTS": str(model.parent),
         "CAPTUNE_MODEL_CACHE": str(core.settings.model_cache),
     }
     for _ in range(2):

@@ -17,7 +17,7 @@ from sqlalchemy import create_engine, select
 from sqlalchemy.orm import Session
 
 from shared.core import Core
-from shared.db.models import Image, Job
+from shared.db.models import Image, Job, JobEvent
 from shared.errors import InvalidInput, TooBusy, Unavailable
 from shared.jobs import Cancelled, HandedBack, Paused, ledger, worker
 from shared.jobs.claim import Claim
@@ -288,8 +288,11 @@ def test_a_job_delivered_many_times_is_done_once(core: Core, set_task: SetTask) 
     assert types_of(core, job_id) == ["job.created", "job.started", "job.succeeded"]
 
 
-def test_a_job_that_does_not_exist_is_nothing_to_do(runner: Runner) -> None:
+def test_a_job_that_does_not_exist_is_nothing_to_do(core: Core, runner: Runner) -> None:
     runner.run("cap_nothing")
+    with core.transaction() as session:
+        assert session.get(Job, "cap_nothing") is None
+        assert session.scalars(select(JobEvent).where(JobEvent.job_id == "cap_nothing")).all() == []
 
 
 def test_a_job_given_back_by_its_own_run_is_delivered_again(

@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings
 
 from services.captioner.settings import CaptionerSettings, CaptionWorkerSettings
 from services.trainer.settings import TrainerSettings
+from shared.config import CoreSettings
 from shared.queue import KINDS
 from shared.store.collector import CollectorSettings
 from shared.web import health
@@ -42,16 +43,16 @@ FOREIGN = {  # read by libraries we use
 
 
 class OverrideLoader(yaml.SafeLoader):
-    """`!reset` and `!override`, the two tags Compose adds to YAML for files laid over others."""
+    """With `!override`, a tag that Compose adds to YAML for files laid over others."""
 
 
 def _override(loader: OverrideLoader, node: yaml.SequenceNode) -> list[Any]:
     return list(loader.construct_sequence(node))
 
 
-OverrideLoader.add_constructor("!reset", lambda loader, node: None)
 OverrideLoader.add_constructor("!override", _override)
 OVERRIDE = yaml.load((ROOT / "docker/check/compose.yml").read_text("utf-8"), OverrideLoader)
+GPU = yaml.safe_load((ROOT / "docker-compose.gpu.yml").read_text("utf-8"))
 
 
 def environment_names() -> set[str]:
@@ -82,7 +83,7 @@ def api_paths(service: str) -> set[str]:
     return set(app.openapi()["paths"])
 
 
-@pytest.mark.parametrize("document", [COMPOSE, OVERRIDE], ids=["docker-compose.yml", "docker/check/compose.yml"])
+@pytest.mark.parametrize("document", [COMPOSE, GPU, OVERRIDE], ids=["base", "gpu", "check"])
 def test_the_file_follows_the_compose_specification(document: dict[str, Any]) -> None:
     vendored = files("check_jsonschema").joinpath("builtin_schemas/vendor/compose-spec.json")
     schema = json.loads(vendored.read_text("utf-8"))
@@ -203,10 +204,46 @@ def test_a_training_run_has_longest_to_save_itself() -> None:
     assert periods["trainer-worker"] >= 120
 
 
-def test_the_gpu_is_reserved_where_a_model_runs_and_nowhere_in_the_check() -> None:
-    reserved = {name for name, service in SERVICES.items() if "deploy" in service}
-    assert reserved == {"captioner", "trainer-worker"}
-    assert {name for name, service in OVERRIDE["services"].items() if "deploy" in service} == reserved
+def test_a_gpu_is_reserved_where_a_model_runs_and_only_by_the_file_that_is_laid_over() -> None:
+    assert not [name for name, service in SERVICES.items() if "deploy" in service]
+    assert set(GPU["services"]) == {"captioner", "trainer-worker"}
+    for service in GPU["services"].values():
+        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+        assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+    example = (ROOT / "docker/.env.example").read_text("utf-8")
+    assert "COMPOSE_FILE=docker-compose.yml:docker-compose.gpu.yml" in example
+
+
+def test_local_models_are_read_below_a_folder_that_no_container_writes() -> None:
+    for service in OURS.values():
+        assert service["environment"]["CAPTUNE_MODEL_ROOTS"] == "/local-models"
+        assert "./local-models:/local-models:ro" in service["volumes"]
+
+
+def test_what_the_docs_offer_as_settings_is_passed_on_to_whom_it_concerns() -> None:
+    """A value in .env that reaches nobody is ignored without a word."""
+    pages = "".join((ROOT / page).read_text("utf-8") for page in ("README.md", "SECURITY.md", "docs/operations.md"))
+    offered = set(re.findall(r"\bCAPTUNE_[A-Z_]+\b", pages)) - {"CAPTUNE_SERVICE_TOKEN"}  # for two services alone
+    concerned: dict[type[BaseSettings], set[str]] = {
+        CoreSettings: set(OURS),
+        CollectorSettings: {"collector"},
+        CaptionerSettings: {"captioner"},
+        CaptionWorkerSettings: {"caption-worker"},
+        TrainerSettings: {"trainer-worker"},
+    }
+    for settings, services in concerned.items():
+        settable = {f"CAPTUNE_{name}".upper() for name in settings.model_fields} & offered
+        assert settable
+        for name in services:
+            assert settable - set(OURS[name]["environment"]) == set(), name
+
+
+def test_the_gateway_tells_the_apis_one_address_and_believes_named_proxies_only() -> None:
+    caddyfile = (ROOT / "docker/Caddyfile").read_text("utf-8")
+    assert "\ttrusted_proxies static {$CAPTUNE_TRUSTED_PROXIES}\n" in caddyfile
+    assert "\ttrusted_proxies_strict\n" in caddyfile
+    assert "\trequest_header X-Forwarded-For {client_ip}\n" in caddyfile
+    assert SERVICES["gateway"]["environment"]["CAPTUNE_TRUSTED_PROXIES"] is None
 
 
 def test_nothing_but_the_migration_starts_on_an_unmigrated_database() -> None:
@@ -222,8 +259,9 @@ def test_nothing_but_the_migration_starts_on_an_unmigrated_database() -> None:
 def test_every_variable_to_fill_in_is_in_the_example_and_secrets_have_no_default() -> None:
     example = (ROOT / "docker/.env.example").read_text("utf-8")
     offered = set(re.findall(r"^#?([A-Z_]+)=", example, re.MULTILINE))
-    passed_on = {name for service in OURS.values() for name, value in service["environment"].items() if value is None}
-    assert set(re.findall(r"\$\{([A-Z_]+)", TEXT)) | passed_on == offered
+    environments = [service["environment"].items() for service in SERVICES.values() if "environment" in service]
+    passed_on = {name for environment in environments for name, value in environment if value is None}
+    assert set(re.findall(r"\$\{([A-Z_]+)", TEXT)) | passed_on | {"COMPOSE_FILE"} == offered
     for secret in ("POSTGRES_PASSWORD", "REDIS_PASSWORD", "CAPTUNE_SERVICE_TOKEN", "CAPTUNE_BOOTSTRAP_KEY"):
         assert set(re.findall(rf"\$\{{{secret}(.)(.)", TEXT)) == {(":", "?")}
         assert re.search(rf"^{secret}=$", example, re.MULTILINE)
@@ -243,9 +281,10 @@ def test_the_image_has_all_it_copies_and_runs_as_the_user_compose_names() -> Non
     owned = re.search(r"install -d -o captune -g captune (.+?) \\?\n", dockerfile)
     assert owned is not None
     mounted = {volume.partition(":")[2] for service in OURS.values() for volume in service["volumes"]}
-    assert set(owned[1].split()) == mounted
+    assert {*owned[1].split(), "/local-models:ro"} == mounted
+    assert "&& mkdir /local-models " in dockerfile, "not the processes' own"
     used = {volume.partition(":")[0] for service in SERVICES.values() for volume in service["volumes"]}
-    assert used - set(COMPOSE["volumes"]) == {"./docker/Caddyfile"}
+    assert used - set(COMPOSE["volumes"]) == {"./docker/Caddyfile", "./local-models"}
     assert used >= set(COMPOSE["volumes"])
 
 

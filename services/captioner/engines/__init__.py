@@ -1,6 +1,8 @@
 """Engines by name. Importing this costs nothing: an engine's module is imported when it is built."""
 
+from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from services.captioner.engines.base import Engine
 from services.captioner.settings import EngineSpec
@@ -14,8 +16,9 @@ ENGINES: dict[str, str] = {
 }
 
 
-def build(name: str, spec: EngineSpec) -> Engine:
-    """The engine configured under ``name``, not yet loaded. Raises ``InvalidInput`` for an unknown type."""
+def build(name: str, spec: EngineSpec, model_roots: Sequence[Path] = ()) -> Engine:
+    """The engine configured under ``name``, not yet loaded; local models are read below ``model_roots`` only. Raises
+    ``InvalidInput`` for an unknown type."""
     if spec.type not in ENGINES:
         raise InvalidInput(
             f"Engine {name!r} has type {spec.type!r}, which does not exist. "
@@ -25,4 +28,4 @@ def build(name: str, spec: EngineSpec) -> Engine:
         )
     module, _, attribute = ENGINES[spec.type].partition(":")
     engine_class: type[Engine] = getattr(import_module(module), attribute)
-    return engine_class(spec, name)
+    return engine_class(spec, name, model_roots)

@@ -13,6 +13,7 @@ An engine keeps no queue and starts no thread: that is the batcher's business.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -87,14 +88,15 @@ class Engine(ABC):
     #: Whether the batcher may generate a few made-up captions after loading, to measure the rate.
     warms_up: ClassVar[bool] = True
 
-    def __init__(self, spec: EngineSpec, name: str | None = None) -> None:
+    def __init__(self, spec: EngineSpec, name: str | None = None, model_roots: Sequence[Path] = ()) -> None:
         self.spec = spec
+        self.model_roots = model_roots
         self.name = name or spec.type
         self.max_batch = spec.max_batch or self.default_max_batch
 
     @abstractmethod
     def load(self) -> None:
-        """Load weights. Called once, on the thread that will call ``generate``.
+        """Load weights. Called once, on one of the threads that will call ``generate``.
 
         Raises a ``CaptuneError`` that says what to do when the model cannot be had.
         """

@@ -52,7 +52,7 @@ class Raw:
 
 
 class HFEngine(Engine):
-    """Quantized or plain, batched, left-padded. `spec.model` is a hub id or a path below `spec.model_roots`."""
+    """Quantized or plain, batched, left-padded. `spec.model` is a hub id or a path below `model_roots`."""
 
     default_max_batch: ClassVar[int] = 24  # multiples of three keep the usual prompts of a picture together ...
     gpu_max_batch: ClassVar[int] = 96  # ... and a GPU reads all weights once per token, for however many rows
@@ -60,7 +60,7 @@ class HFEngine(Engine):
 
     def load(self) -> None:
         started = time.perf_counter()
-        loaded = hf_loading.load(self.spec, self.name)
+        loaded = hf_loading.load(self.spec, self.name, self.model_roots)
         self._model, self._processor = loaded.model, loaded.processor
         self._device, self._dtype = loaded.device, loaded.dtype
         if self._device.type == "cuda" and self.spec.max_batch is None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class Loaded:
     context_length: int | None
 
 
-def load(spec: EngineSpec, name: str) -> Loaded:
+def load(spec: EngineSpec, name: str, model_roots: Sequence[Path]) -> Loaded:
     """Locate, check, choose a precision and load. `InvalidInput` or `Unavailable` say what to change."""
     if not spec.model:
         raise InvalidInput(
@@ -47,7 +48,7 @@ def load(spec: EngineSpec, name: str) -> Loaded:
             param=f"engines.{name}.model",
         )
     device = choose_device(spec.device)
-    checkpoint = locate(spec.model, spec.model_roots)
+    checkpoint = locate(spec.model, model_roots)
     config = _read(AutoConfig, checkpoint.folder, spec.model)
     shipped_quantized = getattr(config, "quantization_config", None) is not None
     precision: str

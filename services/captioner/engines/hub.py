@@ -68,18 +68,30 @@ def locate(model: str, model_roots: Sequence[Path]) -> Checkpoint:
 
 def _local(model: str, model_roots: Sequence[Path]) -> Path:
     folder = Path(model).expanduser().resolve()
-    roots = [root.expanduser().resolve() for root in model_roots]
-    if not any(folder.is_relative_to(root) for root in roots):
+    roots = [root.resolve() for root in model_roots]
+    if not _within(folder, roots):
         listed = ", ".join(map(str, roots)) or "none is set"
         raise InvalidInput(
             f"Model folder {model!r} is outside the allowed model roots ({listed}). Move it there or add its parent "
-            "to the engine's model_roots.",
+            "to CAPTUNE_MODEL_ROOTS.",
             code="model_outside_roots",
             param="model",
         )
     if not folder.is_dir():
         raise InvalidInput(f"Model folder {model!r} does not exist.", code="model_not_found", param="model")
+    for file in folder.iterdir():
+        if not _within(file.resolve(), roots):
+            raise InvalidInput(
+                f"Model folder {model!r}: {file.name} is a link that leads out of the allowed model roots. Copy "
+                "the file itself there.",
+                code="model_outside_roots",
+                param="model",
+            )
     return folder
+
+
+def _within(path: Path, roots: Sequence[Path]) -> bool:
+    return any(path.is_relative_to(root) for root in roots)
 
 
 def _download(model: str) -> tuple[Path, str]:

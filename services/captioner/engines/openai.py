@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -52,8 +53,8 @@ class OpenAIEngine(Engine):
 
     warms_up = False  # captions cost money where the server is hosted
 
-    def __init__(self, spec: EngineSpec, name: str | None = None) -> None:
-        super().__init__(spec, name)
+    def __init__(self, spec: EngineSpec, name: str | None = None, model_roots: Sequence[Path] = ()) -> None:
+        super().__init__(spec, name, model_roots)
         self.max_batch = 1
         self.lanes = spec.concurrency
 

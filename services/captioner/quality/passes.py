@@ -28,7 +28,7 @@ _WRITE = text("""
 
 def mark_duplicates(claim: Claim, job_id: str) -> dict[str, int]:
     """Sets and removes `duplicate` (the earliest caption, by id, stays unflagged) and `duplicate_other_class`;
-    duplicates.py says what they mean. -> how many captions have each. Memory: 4 bytes a word, 400 a caption."""
+    duplicates.py says what they mean. -> how many captions have each."""
     with claim.core.transaction() as session:
         total = session.scalar(select(func.count()).where(CaptionJobItem.job_id == job_id)) or 0
         dataset = session.get(Dataset, session.get_one(Job, job_id).dataset_id)

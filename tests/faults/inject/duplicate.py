@@ -67,7 +67,7 @@ def _wrong_queue(world: "World", rng: random.Random) -> End:
 
 def _unknown(world: "World", rng: random.Random) -> End:
     for job_id in (f"ft_{rng.randbytes(8).hex()}", "", "-", "x" * 10_000):
-        _enqueue(world, rng.choice(KINDS), job_id)
+        _enqueue(world, rng.choice(list(KINDS)), job_id)
     return nothing
 
 
@@ -106,7 +106,7 @@ def forge(client: Redis, kind: str, marker: Path) -> None:
 
 
 def _forged(world: "World", rng: random.Random) -> End:
-    kind = rng.choice(KINDS)
+    kind = rng.choice(list(KINDS))
     asked(world, lambda client: forge(client, kind, forged_marker(world)))
     return nothing
 

@@ -47,8 +47,8 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Load]:
 
 
 def make(folder: Path, precision: str) -> HFEngine:
-    spec = EngineSpec(type="hf", model=str(folder), device="cpu", precision=precision, model_roots=[folder.parent])
-    engine = build(folder.name, spec)
+    spec = EngineSpec(type="hf", model=str(folder), device="cpu", precision=precision)
+    engine = build(folder.name, spec, [folder.parent])
     assert isinstance(engine, HFEngine)
     engine.load()
     return engine

@@ -226,7 +226,7 @@ def test_quantized_for_real_on_the_cpu(checkpoint: Path, precision: str, layer: 
     assert all(module.weight.dtype == getattr(torch, dtype) for module in layers)
     if precision == "nf4":
         # The CPU's kernel unfolds the second quantization at its first call, so it is seen before that.
-        fresh = hf_loading.load(engine.spec, "tiny").model
+        fresh = hf_loading.load(engine.spec, "tiny", engine.model_roots).model
         layer_4bit = next(module for module in fresh.modules() if type(module).__name__ == layer)
         state = layer_4bit.weight.quant_state
         assert (state.quant_type, state.nested) == ("nf4", True)
@@ -343,6 +343,17 @@ def test_folders_outside_the_roots_are_not_read(checkpoint: Path, tmp_path: Path
     with pytest.raises(InvalidInput) as caught:
         hub.locate(str(tmp_path / "absent"), inside)
     assert caught.value.code == "model_not_found"
+
+
+def test_a_file_of_a_folder_that_is_a_link_out_of_the_roots_is_not_read(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copy_of(checkpoint, tmp_path)
+    assert hub.locate(str(folder), [tmp_path]).folder == folder
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to(checkpoint / "config.json")
+    with pytest.raises(InvalidInput, match=r"config\.json is a link") as caught:
+        hub.locate(str(folder), [tmp_path])
+    assert caught.value.code == "model_outside_roots"
+    assert hub.locate(str(folder), [tmp_path, checkpoint.parent]).folder == folder
 
 
 def test_what_the_machine_lacks_is_said(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,8 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     def get(architecture: str) -> HFEngine:
         if architecture not in loaded:
             folder = tiny_mllm.build(root / architecture, architecture)
-            spec = EngineSpec(type="hf", model=str(folder), device="cpu", precision="fp32", model_roots=[root])
-            engine = build(architecture, spec)
+            spec = EngineSpec(type="hf", model=str(folder), device="cpu", precision="fp32")
+            engine = build(architecture, spec, [root])
             assert isinstance(engine, HFEngine)
             engine.load()
             loaded[architecture] = engine
@@ -336,7 +336,7 @@ class TestProbe:
         requests = [ask(A, prompt="a"), ask(A, prompt="b")]
         expected = [engine.finish(raw) for raw in engine.generate([engine.prepare(request) for request in requests])]
         monkeypatch.setattr(VisionReuse, "_difference", lambda *_: "for a test")
-        plain = build(engine.name, engine.spec)
+        plain = build(engine.name, engine.spec, engine.model_roots)
         plain.load()
         assert isinstance(plain, HFEngine)
         assert plain._vision is None

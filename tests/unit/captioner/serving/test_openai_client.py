@@ -73,12 +73,10 @@ def talker() -> Talker:
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory, talker: Talker) -> Iterator[FastAPI]:
     checkpoint = tiny_mllm.build(tmp_path_factory.mktemp("models") / "tiny")
-    spec = EngineSpec(
-        type="hf", model=str(checkpoint), device="cpu", precision="fp32", model_roots=(checkpoint.parent,)
-    )
+    spec = EngineSpec(type="hf", model=str(checkpoint), device="cpu", precision="fp32")
     batchers = {
         "attributes": Batcher(build("attributes", EngineSpec())),
-        "tiny": Batcher(build("tiny", spec)),
+        "tiny": Batcher(build("tiny", spec, [checkpoint.parent])),
         "talker": Batcher(talker, queue_size=1, max_wait_ms=0),
     }
     app = FastAPI()
