@@ -83,6 +83,13 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _FAILING = frozenset({errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENXIO, errno.ENODEV})
 
 
+def cause(error: Exception) -> str:
+    """What a library's error says, as far as an answer may repeat it: a text with a slash may name a path or a host of
+    the server's, and is left to the log of whoever asks."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return f"{type(error).__name__}: {text}" if text and "/" not in text else type(error).__name__
+
+
 def from_disk(error: OSError) -> Unavailable | None:
     """What an operator has to mend, in words, where a disk is full or fails; None for any other error. Names no path: a
     user of the API is told this."""

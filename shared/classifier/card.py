@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from shared.errors import InvalidInput
+
+log = logging.getLogger(__name__)
 
 CARD = "captune.json"
 HEAD = "head.safetensors"
@@ -94,8 +97,9 @@ def check_file(path: Path, digests: Mapping[str, str]) -> None:
 
 
 def bad(path: Path, reason: str) -> InvalidInput:
-    """The error for a file of a classifier's folder."""
+    """The error for a file of a classifier's folder. Where that lies only the log says."""
+    log.info("classifier file %s %s", path, reason)
     return InvalidInput(
-        f"The classifier file {path.name} in {path.parent} {reason}. Download or train the classifier again.",
+        f"The classifier file {path.name} {reason}. Download or train the classifier again.",
         code="bad_classifier",
     )

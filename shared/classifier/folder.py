@@ -25,7 +25,7 @@ from shared.classifier.card import (
     sha256_file,
 )
 from shared.clip.local_dir import WEIGHTS
-from shared.errors import InvalidInput
+from shared.errors import InvalidInput, cause
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,7 +155,7 @@ def _base_clip(directory: Path, card: ClassifierCard, load_base: LoadBase | None
 
     if load_base is None:
         raise InvalidInput(
-            f"The classifier in {directory} holds no weights of its own: it needs the model '{card.base_model}'."
+            f"The classifier holds no weights of its own: it needs the model '{card.base_model}'."
             " Download it through the API, which adds them.",
             code="base_needed",
         )
@@ -177,7 +177,7 @@ def _read_tensors(path: Path, card: ClassifierCard, expected: set[str]) -> dict[
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise bad(path, f"is not a whole safetensors file ({error})") from error
+        raise bad(path, f"is not a whole safetensors file ({cause(error)})") from error
     if set(tensors) != expected:
         raise bad(path, f"must hold the tensors {_names(expected)}; it holds {_names(tensors)}")
     return {name: value.clone() for name, value in tensors.items()}  # the file is mapped, and may be a temporary one

@@ -25,7 +25,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from shared.clip import local_dir
 from shared.clip.starter import ensure_starter
 from shared.clip.text_tower import cpu_tokens, encode_text_batch, spans, trim_padding, used_columns
-from shared.errors import InvalidInput, Unavailable
+from shared.errors import InvalidInput, Unavailable, cause
 
 __all__ = [
     "LoadedClip",
@@ -101,7 +101,7 @@ def load_clip(name: str, cache_dir: Path, model_roots: Sequence[Path] = ()) -> L
     arch, _, tag = name.partition("/")
     if arch in open_clip.list_models() and tag:
         return _load_published(arch, tag, cache_dir)
-    if _looks_local(name, model_roots):
+    if local_dir.looks_local(name, model_roots):
         directory = local_dir.resolve(name, model_roots)
         return _load_directory(directory, str(directory))
     raise _unknown(name)
@@ -111,14 +111,10 @@ def files_of(name: str, model_roots: Sequence[Path] = ()) -> tuple[tuple[str, in
     """Of a local directory its files, each with its time and size; of other models nothing, for theirs do not change.
     Whoever keeps a model by its name keeps it by these too. Raises what `load_clip` does for a directory."""
     arch, _, tag = name.partition("/")
-    if name == "starter" or (arch in open_clip.list_models() and tag) or not _looks_local(name, model_roots):
+    if name == "starter" or (arch in open_clip.list_models() and tag) or not local_dir.looks_local(name, model_roots):
         return ()
     states = [(path.name, path.stat()) for path in local_dir.resolve(name, model_roots).iterdir()]
     return tuple(sorted((file, state.st_mtime_ns, state.st_size) for file, state in states))
-
-
-def _looks_local(name: str, model_roots: Sequence[Path]) -> bool:
-    return name.startswith(("local-dir:", "/", ".", "~")) or any((root / name).is_dir() for root in model_roots)
 
 
 def save_clip(loaded: LoadedClip, model_state: Mapping[str, Tensor], directory: Path) -> None:
@@ -219,9 +215,11 @@ def _load_published(arch: str, tag: str, cache_dir: Path) -> LoadedClip:
         )
         tokenizer = open_clip.get_tokenizer(arch, cache_dir=str(cache_dir))
     except (RuntimeError, OSError) as error:
+        log.warning("the weights of %s/%s could not be loaded into %s", arch, tag, cache_dir, exc_info=True)
         raise Unavailable(
-            f"The weights of {arch}/{tag} could not be loaded: {error}. They are downloaded once into {cache_dir};"
-            " check that this machine reaches the model hub, or name a local directory, or use 'starter'.",
+            f"The weights of {arch}/{tag} could not be loaded ({cause(error)}). They are downloaded once into the"
+            " server's cache; check that this machine reaches the model hub, or name a local directory, or use"
+            " 'starter'.",
             code="model_unavailable",
             param="model",
         ) from error
@@ -234,9 +232,10 @@ def _load_directory(directory: Path, name: str) -> LoadedClip:
         model = open_clip.create_model(f"local-dir:{directory}", text_cfg=text_cfg, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(f"local-dir:{directory}")
     except _BROKEN as error:
+        log.info("the model in %s can't be loaded", directory, exc_info=True)
         raise InvalidInput(
-            f"The model in '{directory}' can't be loaded: {error}. The folder must hold {local_dir.CONFIG} and the"
-            " weights that belong to it, as open_clip saves them.",
+            f"The model in '{directory.name}' can't be loaded ({cause(error)}). The folder must hold {local_dir.CONFIG}"
+            " and the weights that belong to it, as open_clip saves them.",
             code="bad_model",
             param="model",
         ) from error
@@ -247,7 +246,7 @@ def _loaded(model: Any, name: str, config: dict[str, Any], tokenizer: Any, files
     preprocess = PreprocessCfg(**model.visual.preprocess_cfg)
     size = preprocess.size if isinstance(preprocess.size, int) else preprocess.size[0]
     if not isinstance(preprocess.size, int) and preprocess.size[0] != preprocess.size[-1]:
-        raise InvalidInput(f"{name} takes images of {preprocess.size} pixels; only square ones are supported.")
+        raise InvalidInput(f"The model takes images of {preprocess.size} pixels; only square ones are supported.")
     kept = ("mean", "std", "interpolation", "resize_mode")
     recorded = deepcopy(config)
     recorded["model_cfg"]["quick_gelu"] = bool(recorded["model_cfg"].get("quick_gelu", False))

@@ -29,6 +29,8 @@ CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 # The two names open_clip prefers over everything else; with one of them there it can't fall back to a pickled file.
 ACCEPTED_WEIGHTS = (WEIGHTS, "open_clip_pytorch_model.safetensors")
+# Those of open_clip's own configs. It hands all others to transformers, where some name files to be read.
+TOKENIZER_OPTIONS = ("clean", "strip_sep_token")
 TEXT_CONFIG = "config.json"
 TOKENIZER_FILES = (
     TEXT_CONFIG,
@@ -45,21 +47,32 @@ TOKENIZER_FILES = (
 )
 
 
+def looks_local(name: str, model_roots: Sequence[Path]) -> bool:
+    """Whether a model's name means a directory. Of what lies outside the roots the answer tells nothing."""
+    if name.startswith(("local-dir:", "/", ".", "~/")):  # no other's "~": that would tell who has an account
+        return True
+    below = (_below(root / name, model_roots) for root in model_roots)
+    return any(path is not None and os.path.isdir(path) for path in below)
+
+
 def resolve(name: str, model_roots: Sequence[Path]) -> Path:
     """The real path of a local model directory. Raises InvalidInput unless it lies below one of `model_roots`, all
     symbolic links followed, its weights and config included (a link must not lead out of the roots)."""
-    roots = [root.resolve() for root in model_roots]
-    given = Path(name.removeprefix("local-dir:")).expanduser()
-    candidates = [given] if given.is_absolute() else [root / given for root in roots]
-    allowed = [path.resolve() for path in candidates if any(path.resolve().is_relative_to(root) for root in roots)]
+    named = name.removeprefix("local-dir:")
+    given = Path(os.path.expanduser(named) if named.startswith("~/") else named)
+    candidates = [given] if given.is_absolute() else [root / given for root in model_roots]
+    allowed = [path for each in candidates if (path := _below(each, model_roots)) is not None]
     if not allowed:
+        log.info(
+            "model directory %r is not below %s", name, ", ".join(map(str, model_roots)) or "any root: none is set"
+        )
         raise InvalidInput(
             f"The model directory '{name}' is not below any of the directories the operator allows"
-            f" ({', '.join(map(str, model_roots)) or 'none is configured'}). Put the model there and name that path.",
+            " (CAPTUNE_MODEL_ROOTS). Put the model there and name that path.",
             code="model_not_allowed",
             param="model",
         )
-    path = next((p for p in allowed if p.is_dir()), None)
+    path = next((p for p in allowed if os.path.isdir(p)), None)
     if path is None:
         raise _bad(allowed[0], "there is no such directory")
     if not (path / CONFIG).is_file():
@@ -68,9 +81,18 @@ def resolve(name: str, model_roots: Sequence[Path]) -> Path:
     if not weights:
         raise _bad(path, f"{WEIGHTS} is missing (pickled .bin and .pth weights are not loaded; convert to safetensors)")
     for file in path.iterdir():
-        if not any(file.resolve().is_relative_to(root) for root in roots):
+        if _below(file, model_roots) is None:
             raise _bad(path, f"{file.name} is a link that leads out of the allowed directories")
     return path
+
+
+def _below(path: Path, model_roots: Sequence[Path]) -> Path | None:
+    """The real path, all symbolic links followed; None where it is not below a root, or can't be a path at all."""
+    try:
+        real = path.resolve()
+    except (OSError, ValueError, RuntimeError):  # a NUL in it, links in a circle
+        return None
+    return real if any(real.is_relative_to(root.resolve()) for root in model_roots) else None
 
 
 def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -79,12 +101,18 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         text_cfg = deepcopy(config["model_cfg"]["text_cfg"])
         vision_cfg, _ = config["model_cfg"]["vision_cfg"], config["model_cfg"]["embed_dim"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _bad(directory, f"{CONFIG} is not an open_clip config ({type(error).__name__}: {error})") from error
     if not isinstance(text_cfg, dict) or not isinstance(vision_cfg, dict):
         raise _bad(directory, f"{CONFIG}: text_cfg and vision_cfg must be objects")
     if "trust_remote_code" in json.dumps(config):
         raise _bad(directory, f"{CONFIG} asks for trust_remote_code, which is never allowed; remove it")
+    options = text_cfg.get("tokenizer_kwargs", {})
+    if not isinstance(options, dict):
+        raise _bad(directory, f"{CONFIG}: tokenizer_kwargs must be an object")
+    if unknown := [key for key in options if key not in TOKENIZER_OPTIONS]:
+        known = ", ".join(TOKENIZER_OPTIONS)
+        raise _bad(directory, f"{CONFIG}: tokenizer_kwargs has '{unknown[0]}'; it may have {known}")
     if text_cfg.get("hf_model_name"):
         text_cfg["hf_model_pretrained"] = False  # its weights are in the folder's safetensors file
         if (directory / TEXT_CONFIG).is_file():
@@ -115,5 +143,6 @@ def write(
 
 
 def _bad(directory: Path, reason: str) -> InvalidInput:
-    message = f"The model directory '{directory}' can't be loaded: {reason}."
+    log.info("model directory %s can't be loaded: %s", directory, reason)
+    message = f"The model directory '{directory.name}' can't be loaded: {reason}."
     return InvalidInput(message, code="bad_model", param="model")

@@ -217,10 +217,14 @@ def _check(clip: Any, classifier: nn.Module) -> None:
 
 def _verified(path: Path, sha256: str) -> Path:
     if not path.is_file():
-        raise Unavailable(f"The starter's weights are missing at {path}; reinstall the package that holds them.")
+        log.error("the starter's weights are missing at %s", path)
+        raise Unavailable(f"The starter's weights, {path.name}, are missing; reinstall the package that holds them.")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
-        raise Unavailable(f"{path} is not the file the starter is built from (SHA-256 {found}); reinstall the package.")
+        log.error("%s is not the file the starter is built from", path)
+        raise Unavailable(
+            f"{path.name} is not the file the starter is built from (SHA-256 {found}); reinstall the package."
+        )
     return path
 
 

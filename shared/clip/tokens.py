@@ -5,6 +5,7 @@ counts are those of the tokenizer it loads (open_clip's), before anything is cut
 import gzip
 import html
 import json
+import logging
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from shared.errors import InvalidInput, Unavailable
+from shared.clip import local_dir
+from shared.errors import InvalidInput, Unavailable, cause
+
+log = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT = 77  # open_clip's, where a config names none
 STARTER_CONTEXT = 77  # shared/clip/starter.py
@@ -63,9 +67,7 @@ def token_counter(model: str, cache_dir: Path, model_roots: Sequence[Path] = ())
         text_cfg = json.loads(config.read_text(encoding="utf-8"))["text_cfg"]
         hub_id = text_cfg.get("hf_tokenizer_name")
         return _counter(model, text_cfg, lambda: _from_hub(hub_id, cache_dir) if hub_id else None)
-    if model.startswith(("local-dir:", "/", ".", "~")) or any((root / model).is_dir() for root in model_roots):
-        from shared.clip import local_dir
-
+    if local_dir.looks_local(model, model_roots):
         try:
             directory = local_dir.resolve(model, model_roots)
             text_cfg = local_dir.read(directory)[0]["model_cfg"]["text_cfg"]
@@ -191,9 +193,11 @@ def _from_hub(hub_id: str, cache_dir: Path) -> Tokenizer:
     try:
         return _from_file(Path(hf_hub_download(hub_id, "tokenizer.json", cache_dir=cache_dir)))  # nosec B615 # JSON
     except (OSError, EntryNotFoundError) as error:
+        log.warning("the tokenizer %s could not be loaded into %s", hub_id, cache_dir, exc_info=True)
         raise Unavailable(
-            f"The tokenizer of this CLIP, {hub_id}, could not be loaded: {error}. It is downloaded once into"
-            f" {cache_dir}; check that this machine reaches the model hub, or name a local directory or 'starter'.",
+            f"The tokenizer of this CLIP, {hub_id}, could not be loaded ({cause(error)}). It is downloaded once into"
+            " the server's cache; check that this machine reaches the model hub, or name a local directory or"
+            " 'starter'.",
             code="model_unavailable",
             param="clip_model",
         ) from error
@@ -201,12 +205,18 @@ def _from_hub(hub_id: str, cache_dir: Path) -> Tokenizer:
 
 def _from_file(path: Path) -> Tokenizer:
     if not path.is_file():
-        raise InvalidInput(f"{path} is missing; put the tokenizer's file there.", code="bad_model", param="clip_model")
+        log.info("tokenizer file %s is missing", path)
+        raise InvalidInput(
+            f"{path.name} is missing from the model's folder; put the tokenizer's file there.",
+            code="bad_model",
+            param="clip_model",
+        )
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
+        log.info("%s is not a tokenizer", path, exc_info=True)
         raise InvalidInput(
-            f"{path} is not a tokenizer: {error}. It must be a Hugging Face tokenizer.json.",
+            f"{path.name} is not a tokenizer ({cause(error)}). It must be a Hugging Face tokenizer.json.",
             code="bad_model",
             param="clip_model",
         ) from error

@@ -1,7 +1,10 @@
 """What every answer keeps to when something goes wrong: its id, its shape, and silence about the inside."""
 
+import json
 import logging
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,15 +13,20 @@ from fastapi.testclient import TestClient
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
+from shared.classifier.card import CARD
+from shared.clip.local_dir import CONFIG, WEIGHTS
 from shared.core import Core
 from shared.web.api import CoreDep, create_api
 from tests.attacks.belongings import belongings
+from tests.attacks.test_model_files import packed, post, vouched
 from tests.integration.conftest import ROUTERS
+from tests.integration.evaluations import Lab, write_folder
+from tests.integration.factories import add_dataset
 from tests.integration.support import Api, client
 
 SECRET = "hunter2-of-the-database"
 INSIDE = ("traceback", "psycopg", "sqlalchemy", "site-packages", "/srv", "select ", "insert into", SECRET, "postgresql://",
-          "redis://", "file://", "errno", ".py")  # fmt: skip
+          "redis://", "file://", "errno", ".py", "/tmp/", "/etc/", "/usr/", "/home/", "/root/")  # fmt: skip
 
 
 def assert_silent(answer: Any, status: int) -> None:
@@ -126,6 +134,57 @@ def test_a_store_that_lost_a_file_does_not_say_where_it_was(api: Api, core: Core
     missing = api.anna.get(f"/v1/classifiers/{mine.classifier}/download")
     assert_silent(missing, missing.status_code)
     assert core.store.root not in missing.text
+
+
+@pytest.mark.parametrize("model", ["/etc", "../../etc", "~/x", "broken", "broken/", "./nothing"])
+def test_a_model_that_cannot_be_used_is_named_without_its_place(lab: Lab, model_root: Path, model: str) -> None:
+    (model_root / "broken").mkdir(exist_ok=True)
+    (model_root / "broken" / "open_clip_config.json").write_text("{}")
+    (model_root / "broken" / "open_clip_model.safetensors").write_text("")
+    sent = {"dataset_id": add_dataset(lab.core, images=1), "clip_model": model}
+    answer = lab.client("anna", "read", "write").post("/v1/caption_jobs", json=sent)
+    assert_silent(answer, 422)
+    assert answer.json()["code"] in ("model_not_allowed", "bad_model")
+    assert str(model_root) not in answer.text
+
+
+def test_a_classifier_that_cannot_be_used_is_named_without_its_place(lab: Lab, tmp_path: Path) -> None:
+    """Of the files in it, and of what the libraries say of them."""
+    anna, dataset = lab.client("anna", "read", "write"), add_dataset(lab.core)
+    root = str(lab.core.settings.model_roots[0])
+    for spoil in (
+        lambda folder: (folder / CARD).unlink(),
+        lambda folder: (folder / WEIGHTS).write_bytes(b"no weights"),
+        lambda folder: edit(folder / CONFIG, "model_cfg", "vision_cfg", layers="many"),
+        lambda folder: edit(folder / CONFIG, "model_cfg", "vision_cfg", layers=1),
+        lambda folder: edit(folder / CONFIG, "model_cfg", "vision_cfg", image_size=[32, 64]),
+        lambda folder: tokenizer_that_is_none(folder),
+        lambda folder: edit(folder / CARD, weights="base", base_model="/etc"),
+        lambda folder: edit(folder / CARD, weights="base", base_model="../../../x"),
+    ):
+        folder = tmp_path / "files"
+        folder.mkdir()
+        write_folder(folder, lab.clip, "own")
+        spoil(folder)
+        if (folder / CARD).is_file():
+            vouched(folder)
+        answer = post(anna, packed(folder), dataset)
+        assert_silent(answer, 422)
+        assert root not in answer.text
+        shutil.rmtree(folder)
+
+
+def edit(file: Path, *inside: str, **changes: Any) -> None:
+    content = part = json.loads(file.read_text())
+    for key in inside:
+        part = part[key]
+    part |= changes
+    file.write_text(json.dumps(content))
+
+
+def tokenizer_that_is_none(folder: Path) -> None:
+    edit(folder / CONFIG, "model_cfg", "text_cfg", hf_tokenizer_name="x")
+    (folder / "tokenizer.json").write_text("{}")
 
 
 def test_405_names_every_method_of_the_address_and_no_other(api: Api, app: FastAPI) -> None:

@@ -16,7 +16,9 @@ from shared.errors import InvalidInput
 _README = "README.md"  # every download gets one anew
 _NAMES = {CARD, HEAD, CHANGED, CONFIG, WEIGHTS, _README, *TOKENIZER_FILES}
 _CODE = frozenset({"auto_map", "custom_pipelines", "trust_remote_code"})
-_ATTENTION = frozenset({"attn_implementation", "_attn_implementation"})
+_KERNELS = tuple(f"{kind}_implementation{end}" for kind in ("attn", "experts") for end in ("", "_internal"))
+# Text towers that open_clip builds (its hf_configs.arch_dict). Those of transformers are hundreds, and some fetch.
+_TEXT_TOWERS = ("bert", "m2m_100", "mt5", "roberta", "xlm-roberta")
 _MAX_FILES = 100
 _MAX_JSON = 64 * 2**20  # bytes: a large tokenizer has 20 MB
 _MAX_RATIO = 20.0  # unpacked over packed; weights hardly shrink
@@ -56,18 +58,34 @@ def _refuse_what_reaches_out(directory: Path) -> None:
         if text.get(key) and not (directory / file).is_file():
             raise _bad(f"{CONFIG} names '{text[key]}' as its {key}, but {file} is not in the archive")
     for name in (TEXT_CONFIG, "tokenizer_config.json"):
-        if (directory / name).is_file() and (asked := next(_asks_for_code(_object(directory / name)), None)):
-            raise _bad(f"{name} asks for code of its own ('{asked}'), which is never run")
+        if (directory / name).is_file() and (asked := next(_reaches_out(_object(directory / name)), None)):
+            raise _bad(f"{name} asks for code or a model from elsewhere ('{asked}'), which is never run or fetched")
+    if (directory / TEXT_CONFIG).is_file():
+        _check_text_tower(_object(directory / TEXT_CONFIG))
 
 
-def _asks_for_code(config: Any) -> Iterator[str]:
-    """Names under which a config of transformers, or one inside it, can name code: modules, or kernels of a hub."""
+def _reaches_out(config: Any) -> Iterator[str]:
+    """Names under which a config of transformers, or one inside it, can name code (modules, or kernels of a hub) or
+    another model."""
+    for each in _objects(config):
+        yield from _CODE.intersection(each)
+        yield from (key for key, value in each.items() if key.endswith(_KERNELS) and "/" in str(value))
+        yield from (key for key in each if key.startswith("backbone"))
+
+
+def _check_text_tower(config: dict[str, Any]) -> None:
+    kinds = [config.get("model_type"), *(each["model_type"] for each in _objects(config) if "model_type" in each)]
+    if any(kind not in _TEXT_TOWERS for kind in kinds):
+        raise _bad(f"{TEXT_CONFIG} is of no model_type that a text tower may have ({', '.join(_TEXT_TOWERS)})")
+
+
+def _objects(config: Any) -> Iterator[dict[str, Any]]:
+    """A JSON value's objects, itself and all inside."""
     inner = [config]
     while inner:
         value = inner.pop()
         if isinstance(value, dict):
-            yield from _CODE.intersection(value)
-            yield from (key for key, name in value.items() if key in _ATTENTION and "/" in str(name))
+            yield value
             inner.extend(value.values())
         elif isinstance(value, list):
             inner.extend(value)

@@ -232,8 +232,12 @@ def edit(folder: Path, change: dict[str, Any]) -> None:
         (lambda folder: (folder / local_dir.CONFIG).write_text("{"), "not an open_clip config"),
         (lambda folder: (folder / local_dir.CONFIG).write_text("[]"), "not an open_clip config"),
         (lambda folder: edit(folder, {"tokenizer_kwargs": {"trust_remote_code": True}}), "never allowed"),
+        (lambda folder: edit(folder, {"tokenizer_kwargs": {"gguf_file": "x"}}), "has 'gguf_file'; it may have clean, "),
+        (lambda folder: edit(folder, {"tokenizer_kwargs": ["clean"]}), "tokenizer_kwargs must be an object"),
+        (lambda folder: edit(folder, {"tokenizer_kwargs": None}), "tokenizer_kwargs must be an object"),
         (lambda folder: (folder / local_dir.WEIGHTS).rename(folder / "pytorch_model.bin"), "convert to safetensors"),
         (lambda folder: (folder / local_dir.WEIGHTS).write_bytes(b"not safetensors"), "can't be loaded"),
+        (lambda folder: edit(folder, {"x": json.loads("[" * 800 + "]" * 800)}), "not an open_clip config"),
         (lambda folder: edit(folder, {"layers": 2}), "Missing key"),
         (lambda folder: edit(folder, {"no_such_option": 1}), "no_such_option"),
     ],
@@ -243,6 +247,28 @@ def test_broken_local_directory_is_said_to_be_broken(tiny: Path, tmp_path: Path,
     with pytest.raises(InvalidInput, match=words) as caught:
         load_clip(str(tiny), tmp_path, [tmp_path])
     assert (caught.value.code, caught.value.param) == ("bad_model", "model")
+    assert str(tmp_path) not in caught.value.message
+
+
+def test_where_a_broken_directory_lies_only_the_log_says(
+    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit(tiny, {"hf_tokenizer_name": "x"})
+    with caplog.at_level(logging.INFO, "shared.clip"), pytest.raises(InvalidInput, match="'tiny' can't be") as caught:
+        load_clip("tiny", tmp_path / "cache", [tiny.parent])
+    assert str(tmp_path) not in caught.value.message
+    (record,) = [record for record in caplog.records if str(tiny) in record.getMessage()]
+    assert record.exc_info is not None
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "shared.clip"), pytest.raises(InvalidInput) as caught:
+        load_clip("/etc", tmp_path / "cache", [tiny.parent])
+    assert "CAPTUNE_MODEL_ROOTS" in caught.value.message
+    assert str(tiny.parent) in caplog.text
+
+
+def test_tokenizers_have_the_options_of_open_clips_own_configs() -> None:
+    configs = [open_clip.get_model_config(name)["text_cfg"] for name in open_clip.list_models()]
+    assert {key for config in configs for key in config.get("tokenizer_kwargs", {})} == set(local_dir.TOKENIZER_OPTIONS)
 
 
 @pytest.mark.parametrize(
