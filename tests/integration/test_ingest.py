@@ -27,7 +27,7 @@ from shared.ids import new_id
 from shared.jobs import ledger
 from shared.jobs.claim import Claim
 from shared.jobs.worker import Runner
-from shared.store.storage import Store
+from shared.store.disk import DiskStore
 from tests.integration.factories import add_dataset, archive, png
 from tests.on_lists import assign, check_classes
 
@@ -84,7 +84,7 @@ def test_an_attempt_goes_on_where_the_one_before_broke_off(
     monkeypatch.setattr(module, "CHUNK", 5)
     id = submitted(core, content)
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "put_blobs", failing(stored, Store.put_blobs))
+        patch.setattr(DiskStore, "put_blobs", failing(stored, DiskStore.put_blobs))
         assert run(core, id)[0].status == "queued"
     assert len(images(core, id)) == stored * 5
     looked_at: list[bytes] = []

@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from services.captioner.app import lifespan
+from shared.config import CoreSettings
 from shared.web import health
 
 ENGINES = {"attributes": {}, "hosted": {"type": "openai", "model": "some-vlm"}}  # without base_urls it cannot be loaded
@@ -18,6 +20,7 @@ ENGINES = {"attributes": {}, "hosted": {"type": "openai", "model": "some-vlm"}} 
 def app() -> FastAPI:
     app = FastAPI(lifespan=lifespan)
     app.state.readiness = {}
+    app.state.core = SimpleNamespace(settings=CoreSettings(database_url="unused", redis_url="unused"))
     app.include_router(health.router)
     return app
 
