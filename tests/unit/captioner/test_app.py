@@ -20,7 +20,7 @@ ENGINES = {"attributes": {}, "hosted": {"type": "openai", "model": "some-vlm"}} 
 def app() -> FastAPI:
     app = FastAPI(lifespan=lifespan)
     app.state.readiness = {}
-    app.state.core = SimpleNamespace(settings=CoreSettings(database_url="unused", redis_url="unused"))
+    app.state.core = SimpleNamespace(settings=CoreSettings(database_url="", redis_url="", storage_url=""))
     app.include_router(health.router)
     return app
 
