@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
-from captune import cli_bench, cli_captions, cli_evaluation, cli_keys, cli_leaderboard, cli_training, local, tables
+from captune import local, tables
+from captune.commands import bench, captions, evaluation, keys, leaderboard, training
 from captune.connection import default_state_dir
 from captune.errors import CaptuneAPIError, ConnectionNotFound
 from captune.printing import note, say, say_json
@@ -207,10 +208,10 @@ def _parser() -> argparse.ArgumentParser:
     rename.add_argument("names", nargs="+", type=_class_names, metavar="CODE=NAME", help="or a JSON file of many")
     command(datasets, "rm", datasets_rm, "delete a data set").add_argument("id")
 
-    cli_captions.add(commands, command, waiting)
-    cli_training.add(commands, command, waiting)
-    cli_evaluation.add(commands, command, waiting)
-    cli_bench.add(commands, command)
+    captions.add(commands, command, waiting)
+    training.add(commands, command, waiting)
+    evaluation.add(commands, command, waiting)
+    bench.add(commands, command)
 
     jobs = commands.add_parser("jobs", help="jobs of every kind").add_subparsers(required=True, metavar="COMMAND")
     listing = command(jobs, "list", jobs_list, "list jobs")
@@ -224,9 +225,9 @@ def _parser() -> argparse.ArgumentParser:
         act.add_argument("id")
         act.set_defaults(action=action)
 
-    cli_leaderboard.add(commands, command)
+    leaderboard.add(commands, command)
 
-    cli_keys.add(commands, command)
+    keys.add(commands, command)
     return top
 
 

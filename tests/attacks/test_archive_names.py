@@ -142,7 +142,7 @@ odd = st.sampled_from(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(odd | st.text(max_size=3), max_size=8).map("".join))
 @example("a/%252e%252e/b")
 def test_any_text_is_refused_or_made_a_path_that_stays_inside_and_stays_itself(name: str) -> None:

@@ -24,9 +24,7 @@ from shared.schemas.captions import Template
 from tests.attacks.archives import Zipped, outcome, tarred, zipped
 from tests.on_lists import assign
 
-quick = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+quick = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).map(str.strip).filter(bool)
 COLUMNS = st.permutations(["file_name", "label", "caption", "split"])

@@ -178,7 +178,7 @@ def test_a_tag_is_added_unless_the_label_says_it() -> None:
     assert say(m, "visual", "guard dog", "dog").count("dog") == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     cell=st.sampled_from([1, 3, 8, 20]),

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from captune import cli, cli_captions
+from captune import cli
+from captune.commands import captions
 
 SHOTS = [
     ("caption", "ds_1"),
@@ -41,8 +42,8 @@ def test_shots_that_are_none_of_these_are_told_in_words(
 
 def test_shots_not_given_are_left_to_the_server() -> None:
     """With --redo they are the earlier job's, so `all` and nothing said are two things."""
-    assert "shots" not in cli_captions.request_of(parsed("caption", "ds_1"))
-    assert cli_captions.request_of(parsed("caption", "ds_1", "--shots", "all"))["shots"] is None
+    assert "shots" not in captions.request_of(parsed("caption", "ds_1"))
+    assert captions.request_of(parsed("caption", "ds_1", "--shots", "all"))["shots"] is None
     assert "shots" not in parsed("leaderboard", "ds_1")
 
 

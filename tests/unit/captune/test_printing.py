@@ -14,7 +14,7 @@ from captune import Client, cli
 from captune.printing import printable, printable_lines
 from captune.progress import ProgressBar
 from shared.schemas.common import JobEvent, Progress
-from tests.unit.captune.test_cli_leaderboard import page
+from tests.unit.captune.commands.test_leaderboard import page
 from tests.unit.captune.test_client import CAPTION, JOB
 from tests.unit.captune.test_progress import Terminal
 from tests.unit.captune.test_tables import PREVIEW, row

@@ -421,7 +421,7 @@ def test_big_entries_use_flat_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(
         st.from_regex(r"[a-zäß0-9 _%-]{1,12}/[a-z]{1,5}\.jpg", fullmatch=True), st.binary(max_size=2000), max_size=8
@@ -439,7 +439,7 @@ def test_whatever_is_packed_comes_out(tmp_path: Path, files: dict[str, bytes], k
 SAMPLES = [pack(FILES) for pack in PACKERS.values()] + [packed_tar({"n" * 150: b"x"}, tarfile.GNU_FORMAT)]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(SAMPLES),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8),

@@ -97,7 +97,7 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=archives() | damaged())
 def test_it_agrees_with_the_standard_library(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "upload"

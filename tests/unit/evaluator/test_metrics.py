@@ -88,7 +88,7 @@ def test_scaled_metrics_are_those_of_divided_logits():
     assert not {"nll_scaled", "ece_scaled"} & divided.keys()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 60), c=st.integers(2, 8))
 def test_against_scikit_learn(seed, n, c):
     sklearn_metrics = pytest.importorskip("sklearn.metrics")
@@ -111,7 +111,7 @@ def test_against_scikit_learn(seed, n, c):
         assert result["top5"] == pytest.approx(expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 60), c=st.integers(2, 8))
 def test_ece_against_a_loop_over_bins(seed, n, c):
     rng = np.random.default_rng(seed)

@@ -14,7 +14,7 @@ def nll(logits, labels, temperature):
     return -log_softmax(np.asarray(logits, dtype=np.float64) / temperature)[np.arange(len(labels)), labels].mean()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 10_000), n=st.integers(2, 80), c=st.integers(2, 6), scale=st.floats(0.05, 60))
 def test_no_other_temperature_is_more_likely(seed, n, c, scale):
     optimize = pytest.importorskip("scipy.optimize")

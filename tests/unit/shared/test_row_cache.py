@@ -53,7 +53,7 @@ ROWS = st.dictionaries(st.text(max_size=8), st.binary(max_size=10_000), max_size
 
 
 @given(steps=st.lists(st.tuples(st.sampled_from(["a", "b"]), ROWS), max_size=6))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_values_are_what_was_put_last(tmp_path_factory: pytest.TempPathFactory, steps: list) -> None:
     directory = tmp_path_factory.mktemp("cache")
     cache, expected = RowCache(directory, 64 * MB), dict[tuple[str, str], bytes]()

@@ -44,7 +44,7 @@ def embeddings(n, seed, dim=6, dtype=torch.float32):
     return pair[0], pair[1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     labels=st.lists(st.integers(0, 3), min_size=1, max_size=9),
     w=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
@@ -72,7 +72,7 @@ def test_loss_parts_and_gradients_equal_the_reference(labels, w, scale, variant,
         torch.testing.assert_close(got.double(), want, **tolerance)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     labels=st.lists(st.integers(0, 4), min_size=1, max_size=12), w=st.floats(0, 1), variant=st.sampled_from(VARIANTS)
 )
@@ -141,7 +141,7 @@ def naive(logits, targets):
     return sum(rows) / len(rows)
 
 
-drawn = settings(max_examples=60, deadline=None)
+drawn = settings(max_examples=60)
 batches = given(
     labels=st.lists(st.integers(0, 3), min_size=1, max_size=8),
     spare=st.integers(0, 2),  # classes without an image in the batch; with one label 0 and none spare: a single class

@@ -387,7 +387,7 @@ def lasting() -> Iterator[tuple[OpenAIServer, OpenAIEngine]]:
 
 
 @given(body=_BODIES, code=st.sampled_from([200, 200, 200, 204, 400, 404, 429, 500]))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_body_becomes_a_caption_or_a_clear_error(
     lasting: tuple[OpenAIServer, OpenAIEngine], body: bytes, code: int
 ) -> None:

@@ -39,7 +39,7 @@ _BODIES = st.binary() | (
 
 
 @given(st.integers(100, 599), st.dictionaries(st.sampled_from(["retry-after", "content-type"]), st.text()), _BODIES)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_answer_means_something(code: int, headers: dict[str, str], body: bytes) -> None:
     outcome = read_completion(code, headers, body, "tiny")
     if isinstance(outcome, Reply):

@@ -122,7 +122,7 @@ def test_boilerplate_alone_leaves_nothing(raw: str) -> None:
     assert clean(raw) == ""
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(answers)
 def test_cleaning_twice_is_cleaning_once(raw: str) -> None:
     text = clean(raw)
@@ -157,7 +157,6 @@ words = st.sampled_from(["soft", "coat", "two", "ears", "near", "its", "Nose", "
 marks = st.sampled_from([" ", "\n", "\n- ", " **", "** ", "\n\n## ", "`", ", ", "\n1. ", " | ", '"', "\n> "])
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(marks, words), min_size=1, max_size=20))
 def test_no_letter_of_the_caption_is_lost(pieces: list[tuple[str, str]]) -> None:
     raw = "".join(mark + word for mark, word in pieces)

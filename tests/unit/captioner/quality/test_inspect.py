@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.captioner.quality.inspect import FEWEST_WORDS, MAX_RAW, Answer, Inspector
@@ -55,7 +55,6 @@ def test_a_first_sentence_over_budget_is_kept_whole_and_flagged() -> None:
     assert "over_budget" in found.flags
 
 
-@settings(deadline=None)
 @given(st.text() | st.lists(st.sampled_from([SENTENCE, "A cat. ", LONG, "**", "\n", "so, "]), max_size=12).map("".join))
 def test_kept_texts_fit_or_are_flagged_and_inspecting_them_again_changes_nothing(raw: str) -> None:
     found = INSPECTOR.finish(raw, "golden retriever")

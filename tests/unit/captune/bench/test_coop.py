@@ -67,7 +67,7 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(anything | st.fixed_dictionaries({split: st.lists(items | anything, max_size=6) for split in SPLITS}))
 def test_any_json_is_read_as_it_says_or_refused(content: Any) -> None:
     import tempfile

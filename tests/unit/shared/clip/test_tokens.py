@@ -34,7 +34,7 @@ def reference() -> open_clip.SimpleTokenizer:
     return open_clip.get_tokenizer("ViT-B-32")
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(texts)
 @example(CAPTION)
 @example("<start_of_text> x<END_OF_TEXT>y !<end_of_text>")
@@ -60,7 +60,7 @@ def minilm() -> open_clip.tokenizer.HFTokenizer:
     return open_clip.tokenizer.HFTokenizer(str(get_model_path()))  # what load_clip("starter") tokenizes with
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(texts)
 @example(CAPTION * 5)
 def test_the_starter_counts_what_its_tokenizer_makes(minilm: open_clip.tokenizer.HFTokenizer, text: str) -> None:
@@ -69,7 +69,7 @@ def test_the_starter_counts_what_its_tokenizer_makes(minilm: open_clip.tokenizer
     assert token_counter("starter", HERE).ids(text) == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(texts, max_size=5))
 @example(["", "a dog", ""])
 @example(["two", "words"])

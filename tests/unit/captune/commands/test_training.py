@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from captune import cli, cli_training
-from captune.cli_training import method_specs
+from captune import cli
+from captune.commands import training
+from captune.commands.training import method_specs
 from shared.schemas.fine_tuning import Method
 
 
@@ -94,7 +95,7 @@ def test_wrong_usage_of_a_sweep(wrong: tuple[str, str], capsys: pytest.CaptureFi
 
 
 def test_a_method_is_shown_with_its_ranges_and_presets() -> None:
-    shown = cli_training._method(KNOWN[0])
+    shown = training._method(KNOWN[0])
     assert shown.startswith("mmft (fine_tune): What mmft does.\narXiv 1\nreads captions")
     row = next(line for line in shown.splitlines() if line.startswith("epochs"))
     assert row.split("  ")[0] == "epochs"
@@ -113,4 +114,4 @@ def test_a_method_is_shown_with_its_ranges_and_presets() -> None:
     ],
 )
 def test_ranges_in_words(field: dict[str, Any], shown: str) -> None:
-    assert cli_training._range(field) == shown
+    assert training._range(field) == shown

@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from captune import Client, cli, cli_evaluation
+from captune import Client, cli
+from captune.commands import evaluation
 from captune.packing import batched, new_folder, unpack
 
 EVALUATION = {
@@ -40,7 +41,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], None]:
             connected._http = httpx.Client(base_url="http://server", transport=httpx.MockTransport(answer))
             yield connected
 
-        monkeypatch.setattr(cli_evaluation, "client_of", client_of)
+        monkeypatch.setattr(evaluation, "client_of", client_of)
 
     return put
 

@@ -9,7 +9,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from captune import cli, cli_captions
+from captune import cli
+from captune.commands import captions
 from shared.schemas.captions import CaptionJobRequest
 
 
@@ -18,7 +19,7 @@ def parsed(*arguments: str) -> Any:
 
 
 def request(*options: str) -> dict[str, Any]:
-    return cli_captions.request_of(parsed("caption", "ds_1", *options))
+    return captions.request_of(parsed("caption", "ds_1", *options))
 
 
 def test_what_is_not_said_is_left_to_the_server() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from captune import Client, cli, cli_leaderboard
+from captune import Client, cli
+from captune.commands import leaderboard
 from tests.unit.captune.test_tables import row
 
 Answer = Callable[[httpx.Request], httpx.Response]
@@ -139,4 +140,4 @@ def test_a_beginning_must_fit_one_row(serve: Any, start: str, why: str) -> None:
     serve(lambda _: httpx.Response(200, json=page([row(id=id) for id in SETTINGS])))
     args = argparse.Namespace(dataset_id="ds_1", split="test", head="own")
     with pytest.raises(ValueError, match=why):
-        cli_leaderboard.row_ids(Client("http://server", "key"), args, start)
+        leaderboard.row_ids(Client("http://server", "key"), args, start)
